@@ -191,24 +191,37 @@ class _KernelMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        wanted = func is self.function if self.function is not None else name != "__get__"
-        if self.done or not wanted:
+        if self.done or not self.is_wanted(func):
             return func(*args, **kwargs)
         self.done = True
         return self.call(args, kwargs)
 
+    def is_wanted(self, func: Any) -> bool:
+        name = getattr(func, "__name__", "")
+        if isinstance(self.function, frozenset):
+            return name in self.function
+        if self.function is not None:
+            return func is self.function
+        return name != "__get__"  # reading an attribute such as `x.shape`
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module
-        slots = module._modules["param_quantizers"]._modules
         params = {
-            id(getattr(module, name)): (name, quantizer)
-            for name, quantizer in slots.items()
-            if getattr(module, name, None) is not None
+            id(getattr(module, name)): quantizer
+            for name, quantizer in module._modules["param_quantizers"]._modules.items()
         }
-        inputs = list(module._modules["input_quantizers"]._modules.values())
+        inputs = iter(list(module._modules["input_quantizers"]._modules.values()))
+        # Sizes of packed sequences stand between the inputs of recurrent layers.
+        recurrent = isinstance(self.function, frozenset)
 
-        def enter(x: Any, quantizer: Any) -> Any:
+        def enter(x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return type(x)(enter(t) for t in x)
+            if id(x) in params:
+                return param(x)
+            if recurrent and not (isinstance(x, Tensor) and x.is_floating_point()):
+                return x
+            quantizer = next(inputs, None)
             if not isinstance(x, Tensor):
                 return x
             if quantizer is not None and x.is_floating_point():
@@ -216,32 +229,21 @@ class _KernelMode(TorchFunctionMode):
             return x.quantize() if isinstance(x, QuantizedTensorBase) else x
 
         def param(x: Any) -> Any:
-            name, quantizer = params.get(id(x), (None, None))
-            if name is None or quantizer is None:
+            quantizer = params.get(id(x))
+            if quantizer is None:
                 return x
             if not quantizer.is_initialized():
                 module._calibrate_parameter(quantizer, x)
             return quantizer(x)
 
-        flat: list[Any] = []
-        position = 0
-        for x in args:
-            if isinstance(x, (tuple, list)):  # torch.cat
-                flat.append(
-                    type(x)(enter(t, inputs[i] if i < len(inputs) else None) for i, t in enumerate(x))
-                )
-            elif isinstance(x, Tensor) and id(x) in params:
-                flat.append(param(x))
-            else:
-                quantizer = inputs[position] if position < len(inputs) else None
-                flat.append(enter(x, quantizer))
-                position += 1
-        named = {key: param(x) for key, x in kwargs.items()}
-        output_quantizer = module._modules["output_quantizers"]._modules.get("0")
-        named["output_encodings"] = (
-            None if output_quantizer is None else output_quantizer.get_encodings()
+        args = tuple(enter(x) for x in args)
+        kwargs = {key: param(x) for key, x in kwargs.items()}
+        encodings = tuple(
+            None if q is None else q.get_encodings()
+            for q in module._modules["output_quantizers"]._modules.values()
         )
-        return self.kernel(*flat, **named)
+        kwargs["output_encodings"] = encodings[0] if len(encodings) == 1 else encodings
+        return self.kernel(*args, **kwargs)
 
 
 def _run_kernel(module: Any, kernel: Kernel, function: Any, base_forward: Any, args: Any, kwargs: Any) -> Any:
@@ -363,6 +365,8 @@ def build_forward(
     call: Callable[..., Any] | None = None,
     parameters: tuple[str, ...] | None = None,
     shared_output: bool = False,
+    variadic: bool = False,
+    signature: inspect.Signature | None = None,
 ) -> Callable[..., Any]:
     """The forward method of the quantized twin of ``module_cls``.
 
@@ -372,25 +376,39 @@ def build_forward(
         the second object of :func:`run_with_parameters`
     :param parameters: names of the parameters that ``call`` takes; empty: the class has none
     :param shared_output: the first output quantizer serves all results
+    :param variadic: there may be more inputs than ``inputs``
+    :param signature: signature under which arguments can be named; by default that of the original
     """
     base_forward: Any = module_cls.forward
-    signature = inspect.signature(base_forward)
+    own_signature = inspect.signature(base_forward)
     if inputs is None:
-        inputs = tuple(signature.parameters)[1:]
+        inputs = tuple(own_signature.parameters)[1:]
 
     forward: Any
     if call is not None:
         forward = _forward_call(call, parameters or (), base_forward, inputs, function)
-    elif parameters == () and len(inputs) == 1 and not shared_output:
+    elif parameters == () and len(inputs) == 1 and not shared_output and not variadic:
         forward = _forward_unary(base_forward, inputs, function)
     else:
-        arguments = list(signature.parameters)[1:]
+        arguments = list(own_signature.parameters)[1:]
         skipped = arguments.index(inputs[0]) if inputs and inputs[0] in arguments else 0
         forward = _forward_general(base_forward, inputs, function, shared_output, skipped)
-    forward.__signature__ = signature
+    if signature is not None:
+        forward = _by_position(forward, signature)
+    forward.__signature__ = signature or own_signature
     forward.__doc__ = f"Forward of :class:`{module_cls.__qualname__}` on quantized tensors."
     forward.__qualname__ = f"Quantized{module_cls.__name__}.forward"
     return forward  # type: ignore[no-any-return]
+
+
+def _by_position(forward: Any, signature: inspect.Signature) -> Any:
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            bound = signature.bind(self, *args, **kwargs)
+            args, kwargs = bound.args[1:], bound.kwargs
+        return forward(self, *args, **kwargs)
+
+    return renamed
 
 
 def _forward_general(
