@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"AIMET: {peer.versions['aimet-torch']}, in a process of its own, taking turns")
         print(
             f"Medians of {size.turns} turns, best of {size.runs} run(s); in brackets the spread "
-            "(quartile to quartile).\nOver unit: rimet's time over that of a clone of the same tensor, "
-            "or of what is named. Others: their time, and how many times rimet's.\n"
+            "(quartile to quartile).\nOver unit: rimet's time over that of a clone of the same "
+            "tensor, or of what is named. Others: their time, and how many times rimet's.\n"
         )
         results: list[dict[str, object]] = []
         header, goals = "", list[str]()
