@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rimet.nn.mixin import QuantizationMixin
+from rimet.nn.mixin import QuantizationMixin, quantize_outputs
 from rimet.nn.registry import stateless, twin
+from rimet.nn.slots import quantize_each
 
 # -- one function, one module --------------------------------------------------------------------------------------------
 
@@ -620,8 +621,47 @@ QuantizedAsin = stateless(Asin)
 QuantizedAtan = stateless(Atan)
 QuantizedAvgPool2d = stateless(AvgPool2d)
 QuantizedBaddbmm = stateless(Baddbmm, 3)
+
+
+def _quantized_batch_norm(
+    self: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """``torch.nn.functional.batch_norm`` on quantized tensors.
+
+    :raises RuntimeError: in training mode with a quantizer for the running statistics: these are updated in place
+    """
+    slots = self._modules["input_quantizers"]._modules
+    if training and (slots["1"] is not None or slots["2"] is not None):
+        raise RuntimeError(
+            "QuantizedBatchNorm: input_quantizers[1], input_quantizers[2]: the running statistics cannot be "
+            "quantized while they are updated (training=True)"
+        )
+    # Statistics have no gradient, and torch refuses those that ask for one.
+    with torch.no_grad():
+        statistics = tuple(
+            quantize_each(
+                self, "input_quantizers", {"0": slots["1"], "1": slots["2"]}, (running_mean, running_var)
+            )
+        )
+    others = {"0": slots["0"], "1": slots["3"], "2": slots["4"]}
+    x, weight, bias = quantize_each(self, "input_quantizers", others, (input, weight, bias))
+    output = F.batch_norm(x, *statistics, weight, bias, training, momentum, eps)
+    return quantize_outputs(self, output)
+
+
+_quantized_batch_norm.__name__ = "forward"
 QuantizedBatchNorm = stateless(
-    BatchNorm, ("input", "running_mean", "running_var", "weight", "bias")
+    BatchNorm,
+    ("input", "running_mean", "running_var", "weight", "bias"),
+    namespace={"forward": _quantized_batch_norm},
 )
 QuantizedBmm = stateless(Bmm, 2)
 QuantizedChannelShuffle = stateless(ChannelShuffle)
