@@ -28,7 +28,7 @@ def _through(module: Any, kind: str, first: int, value: Any) -> Any:
         return tuple(_through(module, kind, first + i, v) for i, v in enumerate(value))
     quantizer = module._modules[kind]._modules.get(str(first))
     data = value.data if isinstance(value, PackedSequence) else value
-    data = plain(data) if quantizer is None else quantize(module, f"{kind}[{first}]", quantizer, data)
+    data = plain(data) if quantizer is None else quantize(module, kind, first, quantizer, data)
     return value._replace(data=data) if isinstance(value, PackedSequence) else data
 
 
@@ -83,7 +83,7 @@ def _build_forward(module_cls: Any) -> Any:
                 for name in self._flat_weights_names
             ]
         if tensors:
-            output = mixin.run_with_parameters(self, base_forward, tensors, (input, hx), {})
+            output = mixin.run_with_parameters(self, base_forward, tensors, (input, hx), {}, True)
         else:
             output = base_forward(self, input, hx)
         if layer:

@@ -101,6 +101,7 @@ def twin(
             parameters=spec.parameters,
             shared_output=spec.shared_output,
             variadic=spec.variadic,
+            pure=True,
             signature=signature,
         )
     attributes.update(namespace or {})
