@@ -356,6 +356,7 @@ class BaseQuantizationMixin(abc.ABC):
             module.__dict__[registry] = self.__dict__[registry].copy()
         for container in _SLOT_CONTAINERS:
             module._modules.pop(container, None)
+        module.__dict__.pop("_instance_kernel", None)
         return module
 
     # -- removal -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import inspect
 from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ __all__ = ["QuantizationMixin", "QuantizationMixinMeta"]
 
 Kernel = Callable[..., Any]
 
-# Kernels of single modules: not an attribute of the module, so that copies and pickles do not carry a function along.
-_instance_kernels: WeakKeyDictionary[Any, Kernel] = WeakKeyDictionary()
 # Whether any kernel was ever set: all that a forward pass reads in a process without kernels.
 _any_kernel = False
 
@@ -78,6 +75,8 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
     qcls_to_cls: ClassVar[dict[type[Any], type[nn.Module]]] = {}
 
     _default_kernel: ClassVar[Kernel | None] = None
+    # Set on single modules by `set_kernel`. Not part of copies and pickles.
+    _instance_kernel: Kernel | None = None
 
     def __nullary__(self) -> None:
         """``__quant_init__`` of a module without quantized input."""
@@ -118,22 +117,26 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
     @classmethod
     def get_default_kernel(cls) -> Kernel | None:
         """The kernel of the class, or ``None``."""
-        kernel = cls._default_kernel
-        # A plain function in a class attribute is the function itself when read from the class.
-        return kernel
+        return cls._default_kernel
 
     def set_kernel(self, kernel: Kernel | None) -> None:
         """Let this module compute with ``kernel``; see :meth:`set_default_kernel`."""
         _checked_kernel(type(self), kernel)
-        if kernel is None:
-            _instance_kernels.pop(self, None)
-        else:
-            _instance_kernels[self] = kernel
+        self.__dict__.pop("_instance_kernel", None)
+        if kernel is not None:
+            self.__dict__["_instance_kernel"] = kernel
 
     def get_kernel(self) -> Kernel | None:
         """The kernel of this module, else that of its class, else ``None``."""
-        kernel = _instance_kernels.get(self)
+        kernel = self._instance_kernel
         return type(self)._default_kernel if kernel is None else kernel
+
+    def __getstate__(self) -> Any:
+        inherited = getattr(super(), "__getstate__", None)  # of object, from Python 3.11 on
+        state = self.__dict__ if inherited is None else inherited()
+        if isinstance(state, dict) and "_instance_kernel" in state:
+            state = {key: value for key, value in state.items() if key != "_instance_kernel"}
+        return state
 
     def _active_kernel(self) -> Kernel | None:
         kernel = self.get_kernel()
