@@ -18,8 +18,10 @@ from rimet.nn.slots import (
     QuantizerRemoval,
     flatten,
     plain,
+    values_of_bins,
     wrong_slot,
 )
+from rimet.quantization.affine import Quantize
 
 __all__ = ["BaseQuantizationMixin", "UnknownModuleError"]
 
@@ -172,6 +174,8 @@ class BaseQuantizationMixin(abc.ABC):
         quantized: Tensor = quantizer._forward_tensor(
             param if type(param) is nn.Parameter else plain(param)
         )
+        if isinstance(quantizer, Quantize):
+            quantized = values_of_bins(quantizer, quantized)
         if reuse._any_open:
             reuse.store(self, name, quantized)
         return quantized

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rimet.quantization.affine import Quantize, dequantize
 from rimet.quantization.tensor import QuantizedTensorBase
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "plain",
     "quantize",
     "quantize_each",
+    "values_of_bins",
     "wrong_slot",
 ]
 
@@ -47,7 +49,16 @@ def quantize(owner: Any, kind: str, key: int | str, quantizer: Any, x: Any) -> A
         forward = quantizer._forward_tensor
     except AttributeError:
         raise wrong_slot(owner, kind, key, quantizer) from None
+    if isinstance(quantizer, Quantize):
+        return values_of_bins(quantizer, forward(x))
     return forward(x)
+
+
+def values_of_bins(quantizer: Quantize, bins: Tensor) -> Tensor:
+    """What a quantizer that yields grid indices stands for in a quantized module: the values on the grid."""
+    if quantizer._calibrating:
+        return bins  # they are the values that were observed
+    return dequantize(bins, quantizer.get_scale(), quantizer.get_offset(), quantizer.block_size)
 
 
 def wrong_slot(owner: Any, kind: str, key: int | str, quantizer: Any) -> TypeError:
