@@ -25,7 +25,11 @@ class EncodingError(RuntimeError):
 
 
 class _RangeOf:
-    """The encoding of a quantizer at a certain range, not computed yet."""
+    """The encoding of a quantizer at its present range, not computed yet.
+
+    The range may change before anybody asks for the encoding, so it is kept by value: as numbers where reading them is
+    cheap (one value each, in the CPU's memory, and no gradient to follow), as copies otherwise.
+    """
 
     __slots__ = ("high", "low", "quantizer")
 
@@ -33,16 +37,24 @@ class _RangeOf:
         self, quantizer: AffineQuantizerBase, low: torch.Tensor, high: torch.Tensor
     ) -> None:
         self.quantizer = quantizer
-        self.low = low
-        self.high = high
+        self.low: float | torch.Tensor
+        self.high: float | torch.Tensor
+        if low.is_cpu and not low.dim() and not torch.is_grad_enabled():
+            self.low, self.high = low.item(), high.item()
+        else:
+            self.low, self.high = low.clone(), high.clone()
 
     def resolve(self) -> EncodingBase:
-        return self.quantizer._encoding_of_range(self.low, self.high)
+        low, high = (
+            end if isinstance(end, torch.Tensor) else torch.tensor(end, dtype=param.dtype)
+            for end, param in ((self.low, self.quantizer.min), (self.high, self.quantizer.max))
+        )
+        return self.quantizer._encoding_of_range(low, high)
 
 
 def _version(tensor: torch.Tensor) -> int:
     # An inference tensor has no version. It counts as never written to; in-place operators say so themselves.
-    return -1 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class QuantizedTensorBase(torch.Tensor):
@@ -56,7 +68,8 @@ class QuantizedTensorBase(torch.Tensor):
     """
 
     _encoding: EncodingBase | _RangeOf | None
-    _encoded_version: int
+    # Version of the tensor that the encoding belongs to.
+    _encoded_version: int = 0
 
     def __new__(cls: type[_T], *args: Any, encoding: EncodingBase | None = None, **kwargs: Any) -> _T:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
@@ -82,15 +95,13 @@ class QuantizedTensorBase(torch.Tensor):
         return fresh
 
     @classmethod
-    def _adopt_lazily(
-        cls: type[_T],
-        tensor: torch.Tensor,
-        quantizer: AffineQuantizerBase,
-        low: torch.Tensor,
-        high: torch.Tensor,
-    ) -> _T:
-        """:meth:`_adopt` with the encoding that a quantizer has at the range ``[low, high]``."""
-        return cls._adopt(tensor, _RangeOf(quantizer, low, high))
+    def _adopt_fresh(cls: type[_T], tensor: torch.Tensor, encoding: EncodingBase | _RangeOf) -> _T:
+        """:meth:`_adopt` for a tensor that nobody has written to yet, as every kernel's output is."""
+        if type(tensor) is not torch.Tensor:
+            return tensor  # type: ignore[return-value]
+        tensor.__class__ = cls  # type: ignore[assignment]
+        tensor._encoding = encoding  # type: ignore[attr-defined]
+        return tensor  # type: ignore[return-value]
 
     @property
     def encoding(self) -> EncodingBase | None:

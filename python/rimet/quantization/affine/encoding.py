@@ -482,13 +482,20 @@ class GroupedBlockEncoding(AffineEncoding):
         levels = 2 ** (decompressed_bw - self.bitwidth)
         return torch.round(self.scale / expanded).clamp(1, levels)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether every block is a group: then nothing is gained by two levels, and files say PER_BLOCK."""
+        return self.block_grouping is None or all(size == 1 for size in self.block_grouping)
+
     def _to_version_1(self) -> dict[str, Any]:
+        if self._is_plain:
+            return super()._to_version_1()
         group_scale, decompressed_bw = self._grouping()
         _, axis, size = channel_and_block_axes(
             self.scale.shape, self.block_size, self._input_shape_hint
         )
         if axis is None:
-            size = self._single_block_size()
+            size = self._only_block_size()
         return {
             "dtype": "INT",
             "bw": decompressed_bw,
@@ -501,7 +508,7 @@ class GroupedBlockEncoding(AffineEncoding):
             "per_block_int_scale": to_list(self.per_block_int_scale.flatten().to(torch.int64)),
         }
 
-    def _single_block_size(self) -> int:
+    def _only_block_size(self) -> int:
         """Size of the blocks where each is a whole axis."""
         sizes = [size for size in self.block_size or () if size != 1]
         if len(sizes) != 1 or sizes[0] == -1:
@@ -512,17 +519,17 @@ class GroupedBlockEncoding(AffineEncoding):
         return sizes[0]
 
     def _to_version_2(self, version: str) -> dict[str, Any]:
+        if self._is_plain:
+            return super()._to_version_2(version)
         group_scale, _ = self._grouping()
-        channel, axis, size = channel_and_block_axes(
+        channel, block, size = channel_and_block_axes(
             self.scale.shape, self.block_size, self._input_shape_hint
         )
-        if axis is None:
-            axis, size = self._whole_block_axis()
         int_scale = to_list(self.per_block_int_scale.to(torch.int64))
+        axes = {"axis": channel} if block is None else {"axis": block, "block_size": size}
         if version == "2.0.0":
             return {
-                "axis": axis,
-                "block_size": size,
+                **axes,
                 "per_block_int_scale": int_scale,
                 "per_channel_float_scale": to_list(group_scale),
                 "output_dtype": self._output_dtype(),
@@ -530,13 +537,8 @@ class GroupedBlockEncoding(AffineEncoding):
         return {
             "output_dtype": self._output_dtype(),
             "y_scale": {"x": int_scale, "x_scale": to_list(group_scale.flatten()), "axis": channel},
-            "axis": axis,
-            "block_size": size,
+            **axes,
         }
-
-    def _whole_block_axis(self) -> tuple[int, int]:
-        size = self._single_block_size()
-        return (self.block_size or ()).index(size) - self.scale.dim(), size
 
 
 class VectorEncoding(AffineEncoding):

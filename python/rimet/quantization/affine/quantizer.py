@@ -28,6 +28,7 @@ from rimet.quantization.tensor import (
     DequantizedTensor,
     QuantizedTensor,
     QuantizedTensorBase,
+    _RangeOf,
 )
 
 __all__ = [
@@ -311,13 +312,25 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         """A fresh plain tensor as one that knows its encoding."""
         raise NotImplementedError
 
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(min, max)``, initialized."""
+        if not self._ready and not self.is_initialized():
+            self._raise_uninitialized()
+        parameters: Any = self._parameters
+        try:
+            return parameters["min"], parameters["max"]
+        except KeyError:
+            # Replicas and parametrized modules keep their parameters elsewhere, a slower look-up away.
+            return self.min, self.max
+
     def _forward_tensor(self, input: torch.Tensor) -> torch.Tensor:
         if self._calibrating:
             self._observe(_as_plain(input))
             return input
-        if not self._ready and not self.is_initialized():
-            self._raise_uninitialized()
-        return self._kernel(_as_plain(input), self.min, self.max)
+        low, high = self._range()
+        if isinstance(input, QuantizedTensorBase):
+            input = input.as_subclass(torch.Tensor)
+        return self._kernel(input, low, high)
 
     def forward(self, input: torch.Tensor) -> Any:
         """Quantize a tensor.
@@ -330,13 +343,12 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         :raises RuntimeError: no range has been set yet, or the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
-        input = _as_plain(input)
+        if isinstance(input, QuantizedTensorBase):
+            input = input.as_subclass(torch.Tensor)
         if self._calibrating:
             low, high = self._dynamic_range(input, self._observe(input))
         else:
-            if not self._ready and not self.is_initialized():
-                self._raise_uninitialized()
-            low, high = self.min, self.max
+            low, high = self._range()
         output = self._kernel(input, low, high)
         if _is_compiling() or _is_tracing() is not None:
             return output
@@ -576,9 +588,7 @@ class QuantizeDequantize(AffineQuantizerBase):
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> QuantizedTensorBase:
-        # The range may change before anybody asks for the encoding, so it is the range that is kept, not the quantizer's
-        # present one. The grid and the steps from range to scale are not computed until then.
-        return DequantizedTensor._adopt_lazily(output, self, low.clone(), high.clone())
+        return DequantizedTensor._adopt_fresh(output, _RangeOf(self, low, high))
 
 
 class Dequantize(AffineQuantizerBase):
