@@ -5,9 +5,13 @@
 //!
 //! - [`error`], [`encoding`]: value types (grids, block geometry).
 //! - [`kernels`]: CPU kernels with run-time dispatch over instruction sets, and the C boundary.
+//! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.
+//! - [`export`]: encodings files.
 
 pub mod encoding;
 pub mod error;
+pub mod export;
+pub mod graph;
 pub mod kernels;
 
 #[cfg(feature = "python")]
