@@ -86,14 +86,20 @@ impl GroupHistogram {
         }
     }
 
-    /// Appends the middles of the bins that are not empty.
-    pub(super) fn mids(&self, bins: u32, out: &mut Vec<f32>) {
+    /// Appends the middles of the bins that are not empty. With `as_reference`, those of equal bins
+    /// are derived from the first two edges in float32, as AIMET does, which drifts by up to
+    /// `bins * 2^-24` of the lower end towards the upper one.
+    pub(super) fn mids(&self, bins: u32, as_reference: bool, out: &mut Vec<f32>) {
         match self.bins {
-            Bins::Equal { low, .. } => {
-                // From the first two edges, as the reference derives them.
+            Bins::Equal { low, .. } if as_reference => {
                 let width = self.edge(1, bins) - low;
                 let first = low + width / 2.0;
                 out.extend(self.index.iter().map(|&i| first + width * i as f32));
+            }
+            Bins::Equal { low, high } => {
+                let (low, span) = (f64::from(low), f64::from(high) - f64::from(low));
+                let middle = |i: i32| low + span * ((f64::from(i) + 0.5) / f64::from(bins));
+                out.extend(self.index.iter().map(|&i| middle(i) as f32));
             }
             Bins::Lattice { level } => {
                 let width = exp2(level);

@@ -20,9 +20,9 @@ mod walk;
 
 pub use histogram::{Bins, GroupHistogram, HistogramStatistics};
 pub use min_max::{fit_range, fit_range_min_max, MinMax};
-//pub use mse::MseSearch;
+pub use mse::MseSearch;
 pub use percentile::Percentile;
-//pub use sqnr::SqnrSearch;
+pub use sqnr::SqnrSearch;
 
 use crate::encoding::BlockGeometry;
 use crate::error::{Error, Result};
