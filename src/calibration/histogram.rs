@@ -689,12 +689,12 @@ impl Counter<'_> {
         let all = 0..self.walk.per_group();
         let ranges = self.ranges(&tile, all.clone(), &mut workspace.scratch);
         let frames = self.frames(&tile, &ranges, limit_of)?;
-        // Tables hold 32-bit counts; more elements than that are taken in portions.
-        let mut dense = vec![0_u64; self.bins as usize];
         if tile.len() == 1 && self.walk.per_group() < self.bins as usize / 4 {
             return Ok(vec![self.count_few(&tile, frames[0], workspace)]);
         }
+        // Tables hold 32-bit counts.
         if self.walk.per_group() <= u32::MAX as usize {
+            let mut dense = vec![0_u64; self.bins as usize];
             self.add(&tile, all, &frames, workspace);
             return Ok(frames
                 .into_iter()

@@ -164,6 +164,9 @@ pub(super) fn for_each_group(
         .collect()
 }
 
+/// Up to this many bins, trying a candidate costs no more than ruling it out.
+const FEW: usize = 128;
+
 /// One group's histogram, laid out for the search. Reused from group to group.
 pub(super) struct Search {
     bins: u32,
@@ -220,13 +223,17 @@ impl Search {
         let total = self.moments[self.filled][0];
         let mut order = std::mem::take(&mut self.order);
         order.clear();
-        order.extend(candidates.iter().enumerate().map(|(i, c)| {
-            let certain = self.clipping_noise(c, steps, gamma);
-            // Rounding noise of a uniform distribution: only decides who is looked at first.
-            let likely = certain + f64::from(c.delta) * f64::from(c.delta) / 12.0 * total;
-            (likely, certain, i)
-        }));
-        order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.2.cmp(&b.2)));
+        if self.filled <= FEW {
+            order.extend((0..candidates.len()).map(|i| (0.0, 0.0, i)));
+        } else {
+            order.extend(candidates.iter().enumerate().map(|(i, c)| {
+                let certain = self.clipping_noise(c, steps, gamma);
+                // Rounding noise of a uniform distribution: only decides who is looked at first.
+                let likely = certain + f64::from(c.delta) * f64::from(c.delta) / 12.0 * total;
+                (likely, certain, i)
+            }));
+            order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.2.cmp(&b.2)));
+        }
 
         let (mut best, mut least, mut rank) = match known {
             Some((candidate, noise)) => (candidate, noise, 0),

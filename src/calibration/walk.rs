@@ -5,7 +5,10 @@ use crate::encoding::BlockGeometry;
 use std::ops::Range;
 
 /// Elements converted or gathered at a time: a few KiB, so that a second look at them is free.
-pub(super) const CHUNK: usize = 4096;
+pub(super) const CHUNK: usize = 2048;
+
+/// Distance of the buffers of a tile: not a power of two, or they would share cache sets.
+const COLUMN: usize = CHUNK + 16;
 
 /// Shorter stretches of memory than this are gathered into a buffer first.
 const DIRECT_RUN: usize = 64;
@@ -151,7 +154,7 @@ impl GroupWalk {
         let width = groups.len();
         let base = self.base(groups.start);
         let buffer = &mut scratch.0;
-        buffer.resize(width * CHUNK, 0.0);
+        buffer.resize(width * COLUMN, 0.0);
         let mut at = range.start;
         while at < range.end {
             let filled = CHUNK.min(range.end - at);
@@ -170,13 +173,13 @@ impl GroupWalk {
                     // Tiles exist for runs of one element only: neighbours in memory are
                     // neighbouring groups.
                     for (column, x) in v[start..start + width].iter().enumerate() {
-                        buffer[column * CHUNK + done] = convert(x);
+                        buffer[column * COLUMN + done] = convert(x);
                     }
                 }
                 done += length;
             }
             for column in 0..width {
-                body(groups.start + column, &buffer[column * CHUNK..column * CHUNK + filled]);
+                body(groups.start + column, &buffer[column * COLUMN..][..filled]);
             }
             at += filled;
         }
