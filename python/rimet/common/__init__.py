@@ -1,0 +1,1 @@
+"""Names that all parts of rimet share."""

@@ -1,0 +1,24 @@
+"""Quantizers, encodings and quantized tensors."""
+
+from __future__ import annotations
+
+from rimet.quantization import affine, base, encoding_analyzer
+from rimet.quantization.affine import get_backend, set_backend
+from rimet.quantization.tensor import (
+    DequantizedTensor,
+    EncodingError,
+    QuantizedTensor,
+    QuantizedTensorBase,
+)
+
+__all__ = [
+    "DequantizedTensor",
+    "EncodingError",
+    "QuantizedTensor",
+    "QuantizedTensorBase",
+    "affine",
+    "base",
+    "encoding_analyzer",
+    "get_backend",
+    "set_backend",
+]

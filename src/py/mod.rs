@@ -1,0 +1,19 @@
+//! The Python extension `rimet._core`. The only place where pyo3 is named.
+//!
+//! One thin file per module of the engine: extract the arguments, release the GIL, call, wrap.
+
+use pyo3::prelude::*;
+
+mod backend;
+mod error;
+
+pub(crate) use error::to_py;
+
+/// The compiled engine of rimet. Private: use the package `rimet`.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    pyo3_log::try_init().ok();
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    backend::register(module)?;
+    Ok(())
+}
