@@ -1,0 +1,98 @@
+# `make demo` runs the main job, `make test` the tests. Both set up everything they need: a virtual
+# environment in .venv, its packages, the release build. Nothing is done twice.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUST_SOURCES := Cargo.toml Cargo.lock build.rs pyproject.toml .cargo/config.toml \
+	$(shell find src csrc -type f)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# cargo's build scripts ask the active environment for torch.
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Programs of cargo (tests, examples) find libtorch there. No path is written into any binary.
+WITH_TORCH = LD_LIBRARY_PATH="$$($(BIN)/python -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))')$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
+# The extension and the plain library are builds with different features: each keeps its own folder,
+# so that neither makes the other stale.
+PYTHON_TARGET := target/python
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: requirements-dev.txt
+	@echo "== virtual environment in $(VENV) (torch is a download of some 2 GB)"
+	test -x $(BIN)/python || env -u VIRTUAL_ENV $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt | grep -v 'already satisfied' || true
+	$(BIN)/python -c 'import torch, maturin'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
+	@echo "== release build of the extension (the first takes some 4 minutes: torch's C++ API)"
+	$(BIN)/maturin develop --release --locked --skip-install --target-dir $(PYTHON_TARGET)
+	@echo '$(CURDIR)/python' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rimet.pth"
+	@touch $@
+
+.PHONY: build
+build: $(VENV)/.built ## environment and extension
+
+.PHONY: library
+library: $(VENV)/.installed ## librimet.so and the crate, without Python
+	cargo build --release --locked
+
+.PHONY: demo
+demo: build ## the main job on real data, end to end
+	$(BIN)/python examples/quickstart.py
+
+.PHONY: test
+test: test-rust test-python ## all tests
+
+.PHONY: test-rust
+test-rust: $(VENV)/.installed ## the engine's tests, without Python
+	@echo "== cargo test (the first time builds torch's C++ API once more, without Python: some 2 minutes)"
+	cargo build --release --locked --lib --examples
+	$(WITH_TORCH) cargo test --release --locked --quiet
+
+.PHONY: test-python
+test-python: build library ## the package's tests
+	$(BIN)/python -m pytest -q
+
+.PHONY: lint
+lint: build ## formatters, clippy, ruff, mypy, stubtest
+	cargo fmt --check
+	cargo clippy --release --locked --features python --target-dir $(PYTHON_TARGET) -- -D warnings
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/ruff check python tests benchmarks examples build_backend
+	$(BIN)/ruff format --check python tests benchmarks examples build_backend
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest rimet._core --allowlist tests/stubtest-allowlist.txt
+
+.PHONY: format
+format: $(VENV)/.installed ## apply the formatters
+	cargo fmt
+	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/ruff check --fix python tests benchmarks examples build_backend
+	$(BIN)/ruff format python tests benchmarks examples build_backend
+
+.PHONY: bench
+bench: build ## benchmarks, one table with ratios
+	$(BIN)/python -m benchmarks
+
+.PHONY: peers
+peers: .venv-peers/.installed ## the environment of the packages we measure against
+.venv-peers/.installed: benchmarks/requirements-peers.txt
+	env -u VIRTUAL_ENV $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check --progress-bar off -r benchmarks/requirements-peers.txt
+	@touch $@
+
+.PHONY: clean
+clean: ## remove builds, keep the environments
+	cargo clean
+	rm -f $(VENV)/.built python/rimet/_core*.so

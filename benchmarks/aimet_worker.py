@@ -1,0 +1,194 @@
+"""The process that times AIMET. Runs under an environment with aimet-torch; see ``peer.py``.
+
+Speaks JSON lines: ``hello``, ``build`` (work and parameters to a handle), ``sample`` (seconds of
+one call), ``release``. A new piece of work is a function in ``WORKS`` that takes the row's
+parameters and returns the call to time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+# Whatever AIMET prints must not get between the answers.
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+import torch  # noqa: E402
+from aimet_torch.quantization import affine, encoding_analyzer  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+Call = Callable[[], object]
+#: Runs untimed before each timed call, and the timed call.
+Pair = tuple[Call, Call]
+
+
+def _normal(shape: list[int], dtype: str = "float32") -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+
+
+def _grid(bits: int, symmetric: bool) -> tuple[int, int]:
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def qdq(
+    shape: list[int],
+    encoding: list[int],
+    bits: int,
+    symmetric: bool,
+    block: list[int] | None = None,
+    dtype: str = "float32",
+) -> Call:
+    """The function ``quantize_dequantize`` without gradients."""
+    x = _normal(shape, dtype)
+    qmin, qmax = _grid(bits, symmetric)
+    scale = torch.full(encoding, 8.0 / (qmax - qmin))
+    offset = torch.full(encoding, 0.0 if symmetric else -float((qmax + 1) // 2))
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return affine.quantize_dequantize(
+                x, scale, offset, qmin=qmin, qmax=qmax, block_size=block
+            )
+
+    return call
+
+
+def module(
+    shape: list[int],
+    encoding: list[int],
+    bits: int,
+    symmetric: bool,
+    block: list[int] | None = None,
+    backward: bool = True,
+) -> Call:
+    """A quantizer module with learned range: forward under no_grad, or forward and backward."""
+    x = _normal(shape).requires_grad_(backward)
+    quantizer = affine.QuantizeDequantize(
+        tuple(encoding), bits, symmetric, block_size=tuple(block) if block else None
+    )
+    quantizer.set_range(torch.full(encoding, -4.0), torch.full(encoding, 4.0))
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return quantizer(x)
+
+        return forward
+    grad = torch.ones_like(x)
+    leaves = (x, quantizer.min, quantizer.max)
+    return lambda: torch.autograd.grad(quantizer(x), leaves, grad)
+
+
+def quantize(shape: list[int], encoding: list[int], bits: int, symmetric: bool) -> Call:
+    x = _normal(shape)
+    qmin, qmax = _grid(bits, symmetric)
+    scale, offset = torch.full(encoding, 8.0 / (qmax - qmin)), torch.zeros(encoding)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return affine.quantize(x, scale, offset, qmin=qmin, qmax=qmax)
+
+    return call
+
+
+def dequantize(shape: list[int], encoding: list[int]) -> Call:
+    x = _normal(shape)
+    scale, offset = torch.full(encoding, 0.03), torch.zeros(encoding)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return affine.dequantize(x, scale, offset)
+
+    return call
+
+
+def after_conv(channels: int, side: int) -> Pair:
+    """QDQ of a convolution's output, right after it."""
+    conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
+    x = _normal([1, channels, side, side])
+    scale, offset = torch.tensor(8 / 255), torch.tensor(-128.0)
+    state: dict[str, Tensor] = {}
+
+    def before() -> None:
+        with torch.no_grad():
+            state["y"] = conv(x)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return affine.quantize_dequantize(state["y"], scale, offset, qmin=0, qmax=255)
+
+    return before, call
+
+
+def analyzer(
+    kind: str, shape: list[int], encoding: list[int], bits: int, symmetric: bool, encodings: bool
+) -> Call:
+    """Statistics of one batch, and the encodings from them if asked for."""
+    x = _normal(shape)
+    make = getattr(encoding_analyzer, f"{kind}EncodingAnalyzer")
+
+    def call() -> object:
+        one = make(tuple(encoding))
+        one.update_stats(x)
+        return one.compute_encodings(2**bits - 1, symmetric) if encodings else one
+
+    return call
+
+
+WORKS: dict[str, Callable[..., Call | Pair]] = {
+    "qdq": qdq,
+    "module": module,
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "after_conv": after_conv,
+    "analyzer": analyzer,
+}
+
+
+def main() -> None:
+    built: dict[int, tuple[Call | None, Call]] = {}
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        what = request["do"]
+        if what == "hello":
+            torch.set_num_threads(request["threads"])
+            gc.disable()
+            return {"versions": {name: version(name) for name in ("aimet-torch", "torch")}}
+        if what == "build":
+            work = WORKS[request["work"]](**request["parameters"])
+            handle = max(built, default=0) + 1
+            built[handle] = work if isinstance(work, tuple) else (None, work)
+            return {"handle": handle}
+        if what == "release":
+            del built[request["handle"]]
+            gc.collect()
+            return {}
+        before, run = built[request["handle"]]
+        inner = request["inner"]
+        if before is not None:
+            before()
+            inner = 1
+        start = time.perf_counter()
+        for _ in range(inner):
+            run()
+        return {"seconds": (time.perf_counter() - start) / inner}
+
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line))
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+// The affine ops as plain tensor ops, for devices without kernels of their own. Same formulas, same
+// order of operations as src/kernels/cpu/affine.rs.
+
+#include "ops.h"
+
+namespace rimet {
+namespace {
+
+// The input split into blocks ([.., groups, block, groups, block, ..]) and the encodings shaped to
+// broadcast against it.
+struct Blocks {
+  std::vector<int64_t> shape;  // of the split input
+  std::vector<int64_t> encoding;
+
+  Blocks(const char* op, at::IntArrayRef input, at::IntArrayRef groups,
+         const std::optional<std::vector<int64_t>>& block) {
+    TORCH_CHECK_VALUE(groups.size() <= input.size() || c10::multiply_integers(groups) == 1, "rimet::",
+                      op, ": scale: expected a shape that broadcasts to the input's ", input,
+                      ", got ", groups);
+    const size_t skip = groups.size() > input.size() ? groups.size() - input.size() : 0;
+    const size_t lead = input.size() - (groups.size() - skip);
+    for (size_t i = 0; i < input.size(); ++i) {
+      const size_t k = i - lead + skip;
+      const int64_t g = i < lead ? 1 : groups[k];
+      const int64_t wanted = i < lead || !block ? -1 : (*block)[k];
+      const bool fits = g > 0 && input[i] % g == 0 &&
+                        (!block || wanted == -1 || wanted * g == input[i]) &&
+                        (block || g == 1 || g == input[i]);
+      TORCH_CHECK_VALUE(fits, "rimet::", op, ": scale, block_size: expected to divide the input's ",
+                        input, " at dimension ", i, ", got scale ", groups);
+      shape.insert(shape.end(), {g, input[i] / g});
+      encoding.insert(encoding.end(), {g, 1});
+    }
+  }
+};
+
+struct Prepared {
+  Blocks blocks;
+  Tensor x, first, second, scale, offset;
+
+  Prepared(const AffineArgs& args, const Tensor& input, const Tensor& a, const Tensor& b)
+      : blocks(args.name, input.sizes(), a.sizes(), args.block) {
+    const auto type = args.compute_type(input.scalar_type());
+    x = input.to(type).reshape(blocks.shape);
+    first = a.to(type).reshape(blocks.encoding);
+    second = b.to(type).reshape(blocks.encoding);
+    scale = first;
+    offset = second;
+    if (args.is_range) {
+      const double steps = static_cast<double>(args.qmax - args.qmin);
+      const auto divisor = at::full({}, steps, first.options());
+      const double smallest = std::min<double>(std::numeric_limits<float>::epsilon(), 0.01 / steps);
+      scale = ((second - first) / divisor).abs().clamp_min(smallest);
+      offset = args.symmetric
+                   ? at::full_like(scale, -std::nearbyint((args.qmin + args.qmax) / 2.0))
+                   : (at::round(first / scale) - args.qmin).clamp(-args.qmax, -args.qmin);
+    }
+  }
+};
+
+}  // namespace
+
+Tensor affine_forward_tensor_ops(const AffineArgs& args, const Tensor& input, const Tensor& first,
+                                 const Tensor& second) {
+  const Prepared p(args, input, first, second);
+  const double shift = args.zero_point_shift;
+  Tensor y;
+  switch (args.op) {
+    case AffineArgs::kQuantize:
+      y = (at::round(p.x / p.scale) - p.offset).clamp(args.qmin, args.qmax);
+      break;
+    case AffineArgs::kDequantize:
+      y = (p.x + p.offset) * p.scale;
+      break;
+    case AffineArgs::kQuantizeDequantize:
+      y = (at::round(p.x / p.scale - shift) - p.offset).clamp(args.qmin, args.qmax);
+      y = (y + (p.offset + shift)) * p.scale;
+      break;
+  }
+  return at::empty_like(input).copy_(y.reshape(input.sizes()));
+}
+
+Grads affine_backward_tensor_ops(const AffineArgs& args, const Tensor& grad, const Tensor& input,
+                                 const Tensor& first, const Tensor& second, Mask mask) {
+  const Prepared p(args, input, first, second);
+  const double shift = args.zero_point_shift;
+  const Tensor g = grad.to(p.x.scalar_type()).reshape(p.blocks.shape);
+  const Tensor zero = at::zeros({}, g.options());
+  Tensor gx, gs, go;
+  if (args.op == AffineArgs::kDequantize) {
+    gx = g * p.scale;
+    gs = g * (p.x + p.offset);
+    go = gx;
+  } else {
+    const Tensor t = p.x / p.scale - shift;
+    const Tensor rounded = at::round(t);
+    const Tensor q = rounded - p.offset;
+    const Tensor inside = (q >= args.qmin).logical_and(q <= args.qmax);
+    if (args.op == AffineArgs::kQuantize) {
+      const Tensor kept = at::where(inside, g, zero);
+      gx = kept / p.scale;
+      gs = at::where(inside, -(gx * t), zero);
+      go = -kept;
+    } else {
+      gx = at::where(inside, g, zero);
+      gs = g * at::where(inside, rounded - t,
+                         at::clamp(rounded, p.offset + args.qmin, p.offset + args.qmax));
+      go = at::where(inside, zero, g * p.scale);
+    }
+  }
+  Tensor grad_first = gs.sum_to_size(p.blocks.encoding);
+  Tensor grad_second = go.sum_to_size(p.blocks.encoding);
+  if (args.is_range) {
+    const double steps = static_cast<double>(args.qmax - args.qmin);
+    const double smallest = std::min<double>(std::numeric_limits<float>::epsilon(), 0.01 / steps);
+    const Tensor raw = (p.second - p.first) / steps;
+    Tensor direct = at::zeros_like(grad_first);
+    if (!args.symmetric) {
+      const Tensor offset = at::round(p.first / p.scale) - args.qmin;
+      const Tensor free = (offset >= -args.qmax).logical_and(offset <= -args.qmin);
+      const Tensor kept = at::where(free, grad_second, zero);
+      direct = kept / p.scale;
+      grad_first = grad_first - kept * p.first / (p.scale * p.scale);
+    }
+    const Tensor slope = at::where(raw.abs() < smallest, zero, at::sign(raw) / steps);
+    const Tensor towards_max = grad_first * slope;
+    grad_first = direct - towards_max;
+    grad_second = towards_max;
+  }
+  return {mask[0] ? at::empty_like(input).copy_(gx.reshape(input.sizes())) : Tensor(),
+          mask[1] ? grad_first.reshape(first.sizes()).to(first.scalar_type()) : Tensor(),
+          mask[2] ? grad_second.reshape(second.sizes()).to(second.scalar_type()) : Tensor()};
+}
+
+}  // namespace rimet

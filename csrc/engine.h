@@ -1,0 +1,56 @@
+// The engine's C boundary; twin of src/kernels/ffi.rs, where each function is described.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// A dense tensor; dtype is a c10::ScalarType.
+struct RimetView {
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t ndim;
+  int32_t dtype;
+};
+
+// How a tensor is quantized. first and second: contiguous arrays of the compute type (scale and offset,
+// or min and max if is_range); null where only shapes are looked at.
+struct RimetAffine {
+  const void* first;
+  const void* second;
+  const int64_t* encoding;
+  int64_t encoding_ndim;
+  const int64_t* block;
+  int64_t block_len;  // negative: no block size
+  int64_t qmin;
+  int64_t qmax;
+  double zero_point_shift;
+  int32_t op;  // 0 quantize, 1 dequantize, 2 quantize_dequantize
+  int32_t is_range;
+  int32_t symmetric;
+  int32_t double_compute;  // 0 float32, 1 float64
+};
+
+// All functions answer a status: 0 done, 1 value error, 2 type error, 3 other. Pointers stay valid during
+// the call only. Outputs have the layout of the input.
+const char* rimet_last_error();
+int32_t rimet_affine_forward(const RimetAffine*, const RimetView* input, void* output);
+int32_t rimet_affine_backward(const RimetAffine*, const RimetView* input, const void* grad,
+                              void* grad_input, void* grad_first, void* grad_second);
+int32_t rimet_affine_check(const RimetAffine*, const RimetView* input);
+int32_t rimet_range_to_scale_offset(const RimetAffine*, int64_t n, void* scale, void* offset);
+int32_t rimet_range_to_scale_offset_backward(const RimetAffine*, int64_t n, const void* grad_scale,
+                                             const void* grad_offset, void* grad_min,
+                                             void* grad_max);
+int32_t rimet_min_max(const RimetView* input, const int64_t* encoding, int64_t encoding_ndim,
+                      const int64_t* block, int64_t block_len, void* min, void* max);
+const char* rimet_isa();
+
+// schemas.cpp: see there.
+const char* rimet_register_ops();
+
+// In the other direction: torch's intra-op threads for the engine (parallel.cpp).
+void rimet_parallel_for(int64_t begin, int64_t end, int64_t grain,
+                        void (*body)(const void*, int64_t, int64_t), const void* context);
+}

@@ -1,0 +1,70 @@
+// What the op files share: the schema strings' C++ types and the registration hooks.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "engine.h"
+
+namespace rimet {
+
+using at::Tensor;
+using Block = at::OptionalIntArrayRef;
+
+// An affine op's arguments beside its tensors. The block size is copied, since autograd keeps it.
+struct AffineArgs {
+  enum Op : int32_t { kQuantize = 0, kDequantize = 1, kQuantizeDequantize = 2 };
+
+  const char* name;  // for messages
+  Op op;
+  bool is_range = false;
+  int64_t qmin = 0;
+  int64_t qmax = 1;
+  bool symmetric = false;
+  double zero_point_shift = 0.0;
+  std::optional<std::vector<int64_t>> block;
+
+  AffineArgs(const char* name, Op op) : name(name), op(op) {}
+
+  // float64 input, and grids that float32 cannot hold, are computed in float64.
+  at::ScalarType compute_type(at::ScalarType input) const;
+};
+
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+using Mask = std::array<bool, 3>;
+
+// One implementation per kind of device.
+Tensor affine_forward_cpu(const AffineArgs&, const Tensor& input, const Tensor& first,
+                          const Tensor& second);
+Grads affine_backward_cpu(const AffineArgs&, const Tensor& grad, const Tensor& input,
+                          const Tensor& first, const Tensor& second, Mask);
+Tensor affine_forward_tensor_ops(const AffineArgs&, const Tensor& input, const Tensor& first,
+                                 const Tensor& second);
+Grads affine_backward_tensor_ops(const AffineArgs&, const Tensor& grad, const Tensor& input,
+                                 const Tensor& first, const Tensor& second, Mask);
+Tensor affine_forward_meta(const AffineArgs&, const Tensor& input, const Tensor& first,
+                           const Tensor& second);
+Grads affine_backward_meta(const AffineArgs&, const Tensor& grad, const Tensor& input,
+                           const Tensor& first, const Tensor& second, Mask);
+
+// Raises the engine's error if the status says so.
+void check_status(int32_t status, const char* op);
+RimetView view_of(const Tensor& tensor);
+// The tensor itself, or a copy of it laid out as at::empty_like lays it out.
+Tensor dense(const Tensor& tensor);
+// `like`'s layout exactly.
+Tensor laid_out_as(const Tensor& tensor, const Tensor& like);
+
+// Registration, one function a file and dispatch key; called by schemas.cpp.
+void register_affine_cpu(torch::Library&);
+void register_affine_composite(torch::Library&);
+void register_affine_meta(torch::Library&);
+void register_affine_autograd(torch::Library&);
+void register_min_max_cpu(torch::Library&);
+void register_min_max_composite(torch::Library&);
+void register_min_max_meta(torch::Library&);
+
+}  // namespace rimet

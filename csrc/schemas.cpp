@@ -1,0 +1,111 @@
+// Every op of the namespace `rimet`, and its registration.
+//
+// TORCH_LIBRARY would abort the process if a second library with the same namespace were loaded; the
+// Python extension and librimet.so must be able to meet, so registration is a function that does
+// nothing when the ops are there already.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+
+#include <mutex>
+
+#include "ops.h"
+
+#ifndef RIMET_VERSION
+#error "RIMET_VERSION is given by build.rs"
+#endif
+
+namespace rimet {
+namespace {
+
+const char* const kSchemas[] = {
+    "quantize(Tensor input, Tensor scale, Tensor offset, int qmin, int qmax, int[]? block_size=None)"
+    " -> Tensor",
+    "dequantize(Tensor input, Tensor scale, Tensor offset, int[]? block_size=None) -> Tensor",
+    "quantize_dequantize(Tensor input, Tensor scale, Tensor offset, int qmin, int qmax,"
+    " float zero_point_shift=0., int[]? block_size=None) -> Tensor",
+    "quantize_dequantize_range(Tensor input, Tensor min, Tensor max, int qmin, int qmax,"
+    " bool symmetric, float zero_point_shift=0., int[]? block_size=None) -> Tensor",
+    "range_to_scale_offset(Tensor min, Tensor max, int qmin, int qmax, bool symmetric)"
+    " -> (Tensor scale, Tensor offset)",
+    "min_max(Tensor input, int[] shape, int[]? block_size=None) -> (Tensor min, Tensor max)",
+    // The backward passes. output_mask says which gradients are wanted.
+    "quantize_backward(Tensor grad, Tensor input, Tensor scale, Tensor offset, int qmin, int qmax,"
+    " int[]? block_size, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "dequantize_backward(Tensor grad, Tensor input, Tensor scale, Tensor offset, int[]? block_size,"
+    " bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "quantize_dequantize_backward(Tensor grad, Tensor input, Tensor scale, Tensor offset, int qmin,"
+    " int qmax, float zero_point_shift, int[]? block_size, bool[3] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    "quantize_dequantize_range_backward(Tensor grad, Tensor input, Tensor min, Tensor max, int qmin,"
+    " int qmax, bool symmetric, float zero_point_shift, int[]? block_size, bool[3] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    "range_to_scale_offset_backward(Tensor grad_scale, Tensor grad_offset, Tensor min, Tensor max,"
+    " int qmin, int qmax, bool symmetric) -> (Tensor, Tensor)",
+    // The version of the library that registered the ops.
+    "_version() -> str",
+};
+
+// Libraries deregister when they are destroyed; these live as long as the process.
+torch::Library& library(torch::Library::Kind kind, std::optional<c10::DispatchKey> key) {
+  return *new torch::Library(kind, "rimet", key, __FILE__, __LINE__);
+}
+
+void register_all() {
+  auto& definitions = library(torch::Library::DEF, std::nullopt);
+  for (const char* schema : kSchemas) {
+    definitions.def(schema, {at::Tag::pt2_compliant_tag});
+  }
+  definitions.impl("_version", torch::CppFunction::makeFromUnboxedFunction(
+                                   +[]() { return std::string(RIMET_VERSION); }));
+
+  auto& cpu = library(torch::Library::IMPL, c10::DispatchKey::CPU);
+  register_affine_cpu(cpu);
+  register_min_max_cpu(cpu);
+
+  // Devices without kernels of their own take plain tensor ops.
+  auto& composite = library(torch::Library::IMPL, c10::DispatchKey::CompositeExplicitAutograd);
+  register_affine_composite(composite);
+  register_min_max_composite(composite);
+
+  auto& meta = library(torch::Library::IMPL, c10::DispatchKey::Meta);
+  register_affine_meta(meta);
+  register_min_max_meta(meta);
+
+  auto& autograd = library(torch::Library::IMPL, c10::DispatchKey::Autograd);
+  register_affine_autograd(autograd);
+  // These have no derivative: asking for one is an error, not a silent zero.
+  for (const char* name :
+       {"min_max", "quantize_backward", "dequantize_backward", "quantize_dequantize_backward",
+        "quantize_dequantize_range_backward", "range_to_scale_offset_backward"}) {
+    autograd.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+
+  // Autocast leaves the ops alone: the result has the dtype of the input, whatever that is, and
+  // encodings are raised to float32 inside the kernels.
+  for (auto key : {c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA}) {
+    auto& autocast = library(torch::Library::IMPL, key);
+    for (const char* name :
+         {"quantize", "dequantize", "quantize_dequantize", "quantize_dequantize_range"}) {
+      autocast.impl(name, torch::CppFunction::makeFallthrough());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rimet
+
+// Registers the ops unless another copy of this library has. Answers the version of the copy whose
+// ops are in use.
+extern "C" const char* rimet_register_ops() {
+  static std::once_flag once;
+  static std::string version;
+  std::call_once(once, [] {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    if (!dispatcher.findSchema({"rimet::_version", ""}).has_value()) {
+      rimet::register_all();
+    }
+    version = dispatcher.findSchemaOrThrow("rimet::_version", "").typed<std::string()>().call();
+  });
+  return version.c_str();
+}

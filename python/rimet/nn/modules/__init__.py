@@ -1,0 +1,1 @@
+"""Modules for functions of torch, and their quantized twins."""

@@ -1,0 +1,132 @@
+"""What happens to a tensor at a quantizer slot of a quantized module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rimet.quantization.tensor import QuantizedTensorBase
+
+__all__ = ["plain", "quantize", "quantize_each", "flatten", "QuantizerRemoval"]
+
+
+def plain(x: Any) -> Any:
+    """The dequantized plain tensor behind a (de)quantized tensor; anything else as it is."""
+    if isinstance(x, QuantizedTensorBase):
+        return x.dequantize().as_subclass(Tensor)
+    return x
+
+
+def quantize(owner: nn.Module, slot: str, quantizer: Any, x: Any) -> Any:
+    """Pass ``x`` through ``quantizer`` if it is a floating-point tensor; integers, masks and non-tensors go by.
+
+    :param owner: module that the slot belongs to, for the error message
+    :param slot: such as ``"input_quantizers[0]"``
+    :param quantizer: a :class:`rimet.quantization.base.QuantizerBase`
+    :raises TypeError: what stands in the slot is no quantizer
+    """
+    if not isinstance(x, Tensor):
+        return x
+    if isinstance(x, QuantizedTensorBase):
+        x = x.dequantize().as_subclass(Tensor)
+    if not x.is_floating_point():
+        return x
+    try:
+        forward = quantizer._forward_tensor
+    except AttributeError:
+        raise TypeError(
+            f"{type(owner).__name__}.{slot}: expected a quantizer "
+            f"(rimet.quantization.base.QuantizerBase) or None, got {type(quantizer).__name__}"
+        ) from None
+    return forward(x)
+
+
+def quantize_each(
+    owner: nn.Module, kind: str, quantizers: Mapping[str, Any], values: Iterable[Any]
+) -> Iterator[Any]:
+    """The n-th value through the n-th quantizer. Values without a slot, and slots that are off, pass plain."""
+    for i, x in enumerate(values):
+        quantizer = quantizers.get(str(i))
+        yield plain(x) if quantizer is None else quantize(owner, f"{kind}[{i}]", quantizer, x)
+
+
+def flatten(modules: nn.Module) -> Iterator[nn.Module | None]:
+    """Leaves of (nested) module lists and dictionaries, empty slots included."""
+    for module in modules._modules.values():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            yield from flatten(module)
+        else:
+            yield module
+
+
+class QuantizerRemoval:
+    """Quantizers taken out of their slots, for good or, used as a context manager, until the block ends."""
+
+    def __init__(self, container: nn.ModuleList | nn.ModuleDict, keys: Iterable[str]) -> None:
+        self._slots = container._modules
+        self._removed = {}
+        for key in keys:
+            self._removed[key] = self._slots[key]
+            self._slots[key] = None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        self._slots.update(self._removed)
+        self._removed = {}
+
+
+# Parameters that are replaced at the moment: id(module) -> [number of users, {name: (where, original)}].
+# Out of the modules themselves, so that copies and pickles made meanwhile hold nothing of it.
+_replaced: dict[int, list[Any]] = {}
+_replaced_lock = threading.Lock()
+
+
+class ParameterReplacement:
+    """While entered, ``module.<name>`` is the given tensor. For forward methods that read ``self.<name>``.
+
+    Several threads may run one module: the originals come back when the last of them leaves. (Each puts in what it
+    computed from the originals, so they see equal values.)
+    """
+
+    def __init__(self, module: nn.Module, quantize_one: Callable[[str, Tensor], Tensor], names: Iterable[str]):
+        self._module = module
+        self._quantize_one = quantize_one
+        self._names = tuple(names)
+
+    def __enter__(self) -> None:
+        module = self._module
+        with _replaced_lock:
+            entry = _replaced.get(id(module))
+            originals = dict(entry[1]) if entry else {}
+        tensors = {}
+        for name in self._names:
+            original = originals[name][1] if name in originals else getattr(module, name)
+            tensors[name] = self._quantize_one(name, original)
+        with _replaced_lock:
+            entry = _replaced.setdefault(id(module), [0, {}])
+            entry[0] += 1
+            for name, tensor in tensors.items():
+                where = module._parameters if name in module._parameters else module.__dict__
+                if name not in entry[1]:
+                    entry[1][name] = (where, where.get(name))
+                where[name] = tensor
+
+    def __exit__(self, *exc: object) -> None:
+        with _replaced_lock:
+            entry = _replaced[id(self._module)]
+            entry[0] -= 1
+            if entry[0] == 0:
+                del _replaced[id(self._module)]
+                for name, (where, original) in entry[1].items():
+                    where[name] = original
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo or ``torch.export`` looks at the running code."""
+    return torch.compiler.is_compiling()

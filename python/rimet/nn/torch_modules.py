@@ -1,0 +1,219 @@
+"""Quantized twins of the modules of ``torch.nn``, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from rimet.nn.mixin import QuantizationMixin
+from rimet.nn.registry import stateless, twin
+
+# -- linear and convolution ----------------------------------------------------------------------------------------------
+
+
+def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _conv(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return module._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
+
+
+_WEIGHT_BIAS = ("weight", "bias")
+
+QuantizedLinear = twin(nn.Linear, call=_linear, parameters=_WEIGHT_BIAS, function=F.linear)
+QuantizedNonDynamicallyQuantizableLinear = twin(
+    NonDynamicallyQuantizableLinear, bases=(QuantizedLinear, NonDynamicallyQuantizableLinear)
+)
+QuantizedBilinear = twin(nn.Bilinear, 2)
+QuantizedConv1d = twin(nn.Conv1d, call=_conv, parameters=_WEIGHT_BIAS, function=F.conv1d)
+QuantizedConv2d = twin(nn.Conv2d, call=_conv, parameters=_WEIGHT_BIAS, function=F.conv2d)
+QuantizedConv3d = twin(nn.Conv3d, call=_conv, parameters=_WEIGHT_BIAS, function=F.conv3d)
+QuantizedConvTranspose1d = twin(nn.ConvTranspose1d, function=F.conv_transpose1d)
+QuantizedConvTranspose2d = twin(nn.ConvTranspose2d, function=F.conv_transpose2d)
+QuantizedConvTranspose3d = twin(nn.ConvTranspose3d, function=F.conv_transpose3d)
+QuantizedFold = stateless(nn.Fold)
+QuantizedUnfold = stateless(nn.Unfold)
+
+# -- normalization -------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+def _group_norm(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+
+
+def _rms_norm(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+    return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+
+
+QuantizedBatchNorm1d = twin(nn.BatchNorm1d, function=F.batch_norm)
+QuantizedBatchNorm2d = twin(nn.BatchNorm2d, function=F.batch_norm)
+QuantizedBatchNorm3d = twin(nn.BatchNorm3d, function=F.batch_norm)
+QuantizedSyncBatchNorm = twin(nn.SyncBatchNorm, function=F.batch_norm)
+QuantizedInstanceNorm1d = twin(nn.InstanceNorm1d, function=F.instance_norm)
+QuantizedInstanceNorm2d = twin(nn.InstanceNorm2d, function=F.instance_norm)
+QuantizedInstanceNorm3d = twin(nn.InstanceNorm3d, function=F.instance_norm)
+QuantizedLayerNorm = twin(
+    nn.LayerNorm, call=_layer_norm, parameters=_WEIGHT_BIAS, function=F.layer_norm
+)
+QuantizedGroupNorm = twin(
+    nn.GroupNorm, call=_group_norm, parameters=_WEIGHT_BIAS, function=F.group_norm
+)
+# Not in AIMET.
+QuantizedRMSNorm = twin(nn.RMSNorm, call=_rms_norm, parameters=("weight",), function=F.rms_norm)
+QuantizedLocalResponseNorm = stateless(nn.LocalResponseNorm)
+
+# -- activations ---------------------------------------------------------------------------------------------------------
+
+QuantizedCELU = stateless(nn.CELU)
+QuantizedELU = stateless(nn.ELU)
+QuantizedGELU = stateless(nn.GELU)
+QuantizedGLU = stateless(nn.GLU)
+QuantizedHardshrink = stateless(nn.Hardshrink)
+QuantizedHardsigmoid = stateless(nn.Hardsigmoid)
+QuantizedHardswish = stateless(nn.Hardswish)
+QuantizedHardtanh = stateless(nn.Hardtanh)
+QuantizedLeakyReLU = stateless(nn.LeakyReLU)
+QuantizedLogSigmoid = stateless(nn.LogSigmoid)
+QuantizedLogSoftmax = stateless(nn.LogSoftmax)
+QuantizedMish = stateless(nn.Mish)
+QuantizedPReLU = twin(nn.PReLU)
+QuantizedRReLU = stateless(nn.RReLU)
+QuantizedReLU = stateless(nn.ReLU)
+QuantizedReLU6 = stateless(nn.ReLU6)
+QuantizedSELU = stateless(nn.SELU)
+QuantizedSiLU = stateless(nn.SiLU)
+QuantizedSigmoid = stateless(nn.Sigmoid)
+QuantizedSoftmax = stateless(nn.Softmax)
+QuantizedSoftmax2d = stateless(nn.Softmax2d)
+QuantizedSoftmin = stateless(nn.Softmin)
+QuantizedSoftplus = stateless(nn.Softplus)
+QuantizedSoftshrink = stateless(nn.Softshrink)
+QuantizedSoftsign = stateless(nn.Softsign)
+QuantizedTanh = stateless(nn.Tanh)
+QuantizedTanhshrink = stateless(nn.Tanhshrink)
+QuantizedThreshold = stateless(nn.Threshold)
+
+# -- pooling -------------------------------------------------------------------------------------------------------------
+
+QuantizedAdaptiveAvgPool1d = stateless(nn.AdaptiveAvgPool1d)
+QuantizedAdaptiveAvgPool2d = stateless(nn.AdaptiveAvgPool2d)
+QuantizedAdaptiveAvgPool3d = stateless(nn.AdaptiveAvgPool3d)
+QuantizedAdaptiveMaxPool1d = stateless(nn.AdaptiveMaxPool1d)
+QuantizedAdaptiveMaxPool2d = stateless(nn.AdaptiveMaxPool2d)
+QuantizedAdaptiveMaxPool3d = stateless(nn.AdaptiveMaxPool3d)
+QuantizedAvgPool1d = stateless(nn.AvgPool1d)
+QuantizedAvgPool2d = stateless(nn.AvgPool2d)
+QuantizedAvgPool3d = stateless(nn.AvgPool3d)
+QuantizedFractionalMaxPool2d = stateless(nn.FractionalMaxPool2d)
+QuantizedFractionalMaxPool3d = stateless(nn.FractionalMaxPool3d)
+QuantizedLPPool1d = stateless(nn.LPPool1d)
+QuantizedLPPool2d = stateless(nn.LPPool2d)
+# Not in AIMET.
+QuantizedLPPool3d = stateless(nn.LPPool3d)
+QuantizedMaxPool1d = stateless(nn.MaxPool1d)
+QuantizedMaxPool2d = stateless(nn.MaxPool2d)
+QuantizedMaxPool3d = stateless(nn.MaxPool3d)
+QuantizedMaxUnpool1d = stateless(nn.MaxUnpool1d)
+QuantizedMaxUnpool2d = stateless(nn.MaxUnpool2d)
+QuantizedMaxUnpool3d = stateless(nn.MaxUnpool3d)
+
+# -- padding, resizing, rearranging ----------------------------------------------------------------------------------------
+
+QuantizedChannelShuffle = stateless(nn.ChannelShuffle)
+QuantizedCircularPad1d = stateless(nn.CircularPad1d)
+QuantizedCircularPad2d = stateless(nn.CircularPad2d)
+QuantizedCircularPad3d = stateless(nn.CircularPad3d)
+QuantizedConstantPad1d = stateless(nn.ConstantPad1d)
+QuantizedConstantPad2d = stateless(nn.ConstantPad2d)
+QuantizedConstantPad3d = stateless(nn.ConstantPad3d)
+QuantizedFlatten = stateless(nn.Flatten)
+QuantizedPixelShuffle = stateless(nn.PixelShuffle)
+QuantizedPixelUnshuffle = stateless(nn.PixelUnshuffle)
+QuantizedReflectionPad1d = stateless(nn.ReflectionPad1d)
+QuantizedReflectionPad2d = stateless(nn.ReflectionPad2d)
+QuantizedReflectionPad3d = stateless(nn.ReflectionPad3d)
+QuantizedReplicationPad1d = stateless(nn.ReplicationPad1d)
+QuantizedReplicationPad2d = stateless(nn.ReplicationPad2d)
+QuantizedReplicationPad3d = stateless(nn.ReplicationPad3d)
+QuantizedUnflatten = stateless(nn.Unflatten)
+QuantizedUpsample = stateless(nn.Upsample)
+QuantizedUpsamplingBilinear2d = stateless(nn.UpsamplingBilinear2d)
+QuantizedUpsamplingNearest2d = stateless(nn.UpsamplingNearest2d)
+QuantizedZeroPad1d = stateless(nn.ZeroPad1d)
+QuantizedZeroPad2d = stateless(nn.ZeroPad2d)
+QuantizedZeroPad3d = stateless(nn.ZeroPad3d)
+
+# -- dropout -------------------------------------------------------------------------------------------------------------
+
+QuantizedAlphaDropout = stateless(nn.AlphaDropout)
+QuantizedDropout = stateless(nn.Dropout)
+QuantizedDropout1d = stateless(nn.Dropout1d)
+QuantizedDropout2d = stateless(nn.Dropout2d)
+QuantizedDropout3d = stateless(nn.Dropout3d)
+QuantizedFeatureAlphaDropout = stateless(nn.FeatureAlphaDropout)
+
+# -- embedding -----------------------------------------------------------------------------------------------------------
+
+
+def _embedding(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding(
+        x,
+        weight,
+        module.padding_idx,
+        module.max_norm,
+        module.norm_type,
+        module.scale_grad_by_freq,
+        module.sparse,
+    )
+
+
+# Indices are not quantized: no input slot.
+QuantizedEmbedding = twin(
+    nn.Embedding, 0, call=_embedding, parameters=("weight",), function=F.embedding
+)
+# Of the arguments of an embedding bag, only the weights of its samples are quantized.
+QuantizedEmbeddingBag = twin(
+    nn.EmbeddingBag, ("per_sample_weights",), function=F.embedding_bag
+)
+
+# -- distances and losses ------------------------------------------------------------------------------------------------
+
+QuantizedCosineSimilarity = stateless(nn.CosineSimilarity, 2)
+QuantizedPairwiseDistance = stateless(nn.PairwiseDistance, 2)
+QuantizedBCELoss = stateless(nn.BCELoss, 2)
+QuantizedBCEWithLogitsLoss = stateless(nn.BCEWithLogitsLoss, 2)
+QuantizedCTCLoss = stateless(nn.CTCLoss)
+QuantizedCosineEmbeddingLoss = stateless(nn.CosineEmbeddingLoss, 2)
+QuantizedCrossEntropyLoss = stateless(nn.CrossEntropyLoss, 2)
+QuantizedGaussianNLLLoss = stateless(nn.GaussianNLLLoss, 3)
+QuantizedHingeEmbeddingLoss = stateless(nn.HingeEmbeddingLoss)
+QuantizedHuberLoss = stateless(nn.HuberLoss, 2)
+QuantizedKLDivLoss = stateless(nn.KLDivLoss, 2)
+QuantizedL1Loss = stateless(nn.L1Loss, 2)
+QuantizedMSELoss = stateless(nn.MSELoss, 2)
+QuantizedMarginRankingLoss = stateless(nn.MarginRankingLoss, 2)
+QuantizedMultiLabelMarginLoss = stateless(nn.MultiLabelMarginLoss)
+QuantizedMultiLabelSoftMarginLoss = stateless(nn.MultiLabelSoftMarginLoss)
+QuantizedMultiMarginLoss = stateless(nn.MultiMarginLoss)
+QuantizedNLLLoss = stateless(nn.NLLLoss)
+# Made from the class that `NLLLoss2d` is another name for: making a subclass of a deprecated class warns.
+QuantizedNLLLoss2d = stateless(
+    nn.NLLLoss2d, name="QuantizedNLLLoss2d", bases=(QuantizationMixin, nn.NLLLoss)
+)
+QuantizedPoissonNLLLoss = stateless(nn.PoissonNLLLoss, 2)
+QuantizedSmoothL1Loss = stateless(nn.SmoothL1Loss, 2)
+QuantizedSoftMarginLoss = stateless(nn.SoftMarginLoss)
+QuantizedTripletMarginLoss = stateless(nn.TripletMarginLoss, 3)
+QuantizedTripletMarginWithDistanceLoss = stateless(nn.TripletMarginWithDistanceLoss, 3)
+
+QuantizationMixin.ignore(nn.Identity)
+
+__all__ = [_name for _name in list(globals()) if _name.startswith("Quantized")]

@@ -1,0 +1,16 @@
+//! CPU kernels: one always-inlined body each, compiled for AVX-512, AVX2 and the baseline, chosen at
+//! run time. Every width computes the same operations in the same order (16 lanes, fixed reduction
+//! order), so the results are equal bit for bit whatever the processor and the number of threads.
+
+pub mod affine;
+mod element;
+pub mod isa;
+pub mod min_max;
+mod parallel;
+mod range;
+mod reduce;
+mod walk;
+
+pub use element::{Compute, Element};
+pub use parallel::GRAIN;
+pub use range::{range_to_scale_offset, RangeGradient};

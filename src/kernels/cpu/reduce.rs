@@ -1,0 +1,174 @@
+//! Reductions to one value per encoding, in a fixed order.
+//!
+//! The tensor is cut into chunks of a fixed number of elements, whatever the number of threads; a
+//! chunk's partial results are combined in memory order. So the result does not depend on threads.
+
+use super::isa::{dispatch, Body, Simd};
+use super::parallel::for_each_range;
+use super::walk::Pieces;
+use crate::encoding::BlockGeometry;
+
+/// Elements of one chunk.
+const CHUNK: usize = 32_768;
+/// Elements whose encodings are gathered at a time where neighbours do not share one.
+pub const TILE: usize = 256;
+/// Most chunks that get a full array of partial results of their own.
+const MAX_ARRAYS: usize = 16;
+
+/// What is reduced. Implementations may write an elementwise result on the way.
+pub trait Reduction: Sync {
+    /// Partial result of one encoding.
+    type Partial: Copy + Send + Sync;
+
+    /// The partial result of no elements.
+    fn identity(&self) -> Self::Partial;
+
+    /// Adds a later partial result to an earlier one.
+    fn combine(into: &mut Self::Partial, from: Self::Partial);
+
+    /// The elements `start..start + len`, which share encoding `group`.
+    ///
+    /// # Safety
+    /// The elements are inside the tensor, and no other call has them at the same time.
+    unsafe fn run<S: Simd>(&self, start: usize, len: usize, group: usize) -> Self::Partial;
+
+    /// The elements from `start` on, each with its own encoding, at most [`TILE`] of them.
+    ///
+    /// # Safety
+    /// As for `run`.
+    unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], partials: &mut [Self::Partial]);
+}
+
+/// A pointer that threads may share because they write to different places.
+#[derive(Clone, Copy)]
+pub struct Shared<T>(pub *mut T);
+// SAFETY: users write disjoint elements; see each use.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+struct RunChunk<'a, R: Reduction> {
+    reduction: &'a R,
+    geometry: &'a BlockGeometry,
+    chunk: usize,
+    partials: Shared<R::Partial>,
+}
+
+impl<R: Reduction> Body for RunChunk<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let begin = self.chunk * CHUNK;
+        let end = (begin + CHUNK).min(self.geometry.numel());
+        for piece in Pieces::new(self.geometry, begin, end) {
+            // SAFETY: chunks do not overlap, so neither do their elements; `run + chunk` grows with
+            // every piece (each piece begins a run or a chunk), so each has its own place.
+            unsafe {
+                let partial = self.reduction.run::<S>(piece.start, piece.len, piece.group);
+                self.partials.0.add(piece.run + self.chunk).write(partial);
+            }
+        }
+    }
+}
+
+struct TileChunk<'a, R: Reduction> {
+    reduction: &'a R,
+    geometry: &'a BlockGeometry,
+    begin: usize,
+    end: usize,
+    partials: &'a mut [R::Partial],
+}
+
+impl<R: Reduction> Body for TileChunk<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let mut groups = [0_usize; TILE];
+        let mut begin = self.begin;
+        while begin < self.end {
+            let end = (begin + TILE).min(self.end);
+            fill_groups(self.geometry, begin, end, &mut groups);
+            // SAFETY: the caller's stretches do not overlap.
+            unsafe {
+                self.reduction
+                    .tile::<S>(begin, &groups[..end - begin], self.partials);
+            }
+            begin = end;
+        }
+    }
+}
+
+/// Writes the encoding of each element of `begin..end` to the front of `groups`.
+#[inline(always)]
+pub fn fill_groups(geometry: &BlockGeometry, begin: usize, end: usize, groups: &mut [usize; TILE]) {
+    let pieces = Pieces::new(geometry, begin, end);
+    let stride = pieces.inner_stride;
+    for piece in pieces {
+        let from = piece.start - begin;
+        for (j, slot) in groups[from..from + piece.len].iter_mut().enumerate() {
+            *slot = piece.group + j * stride;
+        }
+    }
+}
+
+/// One result for each encoding of `geometry`.
+pub fn reduce<R: Reduction>(geometry: &BlockGeometry, reduction: &R) -> Vec<R::Partial> {
+    let numel = geometry.numel();
+    let mut result = vec![reduction.identity(); geometry.num_groups()];
+    if numel == 0 {
+        return result;
+    }
+    let shared_runs = geometry.dims().last().is_none_or(|d| d.group_stride == 0);
+    if shared_runs {
+        let inner = geometry.dims().last().map_or(1, |d| d.size);
+        let chunks = numel.div_ceil(CHUNK);
+        let mut partials = vec![reduction.identity(); numel / inner + chunks];
+        let shared = Shared(partials.as_mut_ptr());
+        for_each_range(chunks, 1, |range| {
+            // The whole struct is captured, not its pointer, which alone would not be `Sync`.
+            let shared = &shared;
+            for chunk in range {
+                dispatch(RunChunk {
+                    reduction,
+                    geometry,
+                    chunk,
+                    partials: *shared,
+                });
+            }
+        });
+        for piece in Pieces::new(geometry, 0, numel) {
+            let last = piece.start + piece.len - 1;
+            for chunk in piece.start / CHUNK..=last / CHUNK {
+                R::combine(&mut result[piece.group], partials[piece.run + chunk]);
+            }
+        }
+    } else {
+        // Bounded memory: the arrays together hold at most a quarter of the tensor's elements.
+        let arrays = (numel / (2 * CHUNK))
+            .min(numel / (4 * geometry.num_groups()))
+            .clamp(1, MAX_ARRAYS);
+        let length = numel.div_ceil(arrays);
+        let mut partials = vec![vec![reduction.identity(); geometry.num_groups()]; arrays];
+        let shared = Shared(partials.as_mut_ptr());
+        for_each_range(arrays, 1, |range| {
+            let shared = &shared;
+            for i in range {
+                // SAFETY: each array is taken by one thread.
+                let partials = unsafe { &mut *shared.0.add(i) };
+                dispatch(TileChunk {
+                    reduction,
+                    geometry,
+                    begin: i * length,
+                    end: ((i + 1) * length).min(numel),
+                    partials,
+                });
+            }
+        });
+        for array in partials {
+            for (into, from) in result.iter_mut().zip(array) {
+                R::combine(into, from);
+            }
+        }
+    }
+    result
+}

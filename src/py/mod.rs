@@ -1,0 +1,21 @@
+//! The Python extension `rimet._core`. The only place where pyo3 is named.
+//!
+//! One thin file per module of the engine: extract the arguments, release the GIL, call, wrap.
+
+use pyo3::prelude::*;
+
+mod backend;
+mod error;
+mod export;
+mod graph;
+
+/// The compiled engine of rimet. Private: use the package `rimet`.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    pyo3_log::try_init().ok();
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    backend::register(module)?;
+    export::register(module)?;
+    graph::register(module)?;
+    Ok(())
+}
