@@ -99,7 +99,8 @@ class AffineGrid:
             if bits >= 1 and grid_of_bitwidth(bits, signed) == (self.qmin, self.qmax):
                 return bits, signed
         raise RuntimeError(
-            f"{type(self).__name__}.{attribute}: the grid [{self.qmin}, {self.qmax}] is not all of an integer type; "
+            f"{type(self).__name__}.{attribute}: the grid [{self.qmin}, {self.qmax}] is not all "
+            "of an integer type; "
             "use qmin and qmax"
         )
 

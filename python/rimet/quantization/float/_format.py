@@ -14,7 +14,8 @@ __all__ = ["TORCH_FORMATS", "FloatFormat"]
 class FloatFormat:
     r"""A binary floating-point format with one sign bit.
 
-    Subnormals have the step :math:`2^{min\_exponent - mantissa\_bits}`; a value :math:`\ge 2^{min\_exponent}` the step
+    Subnormals have the step :math:`2^{min\_exponent - mantissa\_bits}`; a value :math:`\ge
+    2^{min\_exponent}` the step
     :math:`2^{\lfloor \log_2 |x| \rfloor - mantissa\_bits}`; the largest is :attr:`max`.
 
     :param exponent_bits: at least 0
@@ -24,10 +25,11 @@ class FloatFormat:
     :raises TypeError: numbers of bits that are no ints
     :raises ValueError: negative or too large ones, or ``unsigned_zero`` without ``finite``
 
-    Without ``finite``, and if torch has no such dtype, the format has the largest value of the IEEE 754 format of these
-    fields, and the codes that IEEE 754 keeps for infinity and NaN go to one more binade at the lower end, as in AIMET.
-    The finite formats follow OCP: of those with 8 or more bits the highest code is NaN (E4M3: 448), the shorter ones
-    have none (E2M1: 6, E3M2: 28, E2M3: 7.5).
+    Without ``finite``, and if torch has no such dtype, the format has the largest value of the IEEE
+    754 format of these fields, and the codes that IEEE 754 keeps for infinity and NaN go to one
+    more binade at the lower end, as in AIMET. The finite formats follow OCP: of those with 8 or
+    more bits the highest code is NaN (E4M3: 448), the shorter ones have none (E2M1: 6, E3M2: 28,
+    E2M3: 7.5).
     """
 
     exponent_bits: int
@@ -45,9 +47,13 @@ class FloatFormat:
             if not 0 <= bits <= most:
                 raise ValueError(f"{name}: expected 0 to {most}, got {bits}")
         if self.exponent_bits + self.mantissa_bits == 0:
-            raise ValueError("exponent_bits and mantissa_bits: expected at least one bit, got 0 and 0")
+            raise ValueError(
+                "exponent_bits and mantissa_bits: expected at least one bit, got 0 and 0"
+            )
         if self.unsigned_zero and not self.finite:
-            raise ValueError("unsigned_zero: expected only with finite=True; there is no such format")
+            raise ValueError(
+                "unsigned_zero: expected only with finite=True; there is no such format"
+            )
 
     @property
     def bitwidth(self) -> int:

@@ -24,12 +24,14 @@ def _scale_like(
             fits = False
         if not fits:
             raise RuntimeError(
-                f"scale: expected a shape that broadcasts to {tuple(input.shape)}, got {tuple(scale.shape)}"
+                f"scale: expected a shape that broadcasts to {tuple(input.shape)}, got "
+                f"{tuple(scale.shape)}"
             )
         return scale
     if len(block_size) != scale.dim() or input.dim() < scale.dim():
         raise RuntimeError(
-            f"block_size: expected one entry per dimension of scale {tuple(scale.shape)} and an input of at least as "
+            f"block_size: expected one entry per dimension of scale {tuple(scale.shape)} and an "
+            "input of at least as "
             f"many dimensions, got {tuple(block_size)} and {tuple(input.shape)}"
         )
     lead = input.dim() - scale.dim()
@@ -38,7 +40,8 @@ def _scale_like(
         size = dim // count if size == -1 else size
         if size * count != dim:
             raise RuntimeError(
-                f"input: expected size {size} * {count} = {size * count} in dimension {lead + axis}, got {dim}"
+                f"input: expected size {size} * {count} = {size * count} in dimension "
+                f"{lead + axis}, got {dim}"
             )
         scale = scale.repeat_interleave(size, axis) if size > 1 and count > 1 else scale
     return scale
@@ -55,7 +58,9 @@ def _round_to_format(
     rounded = torch.ldexp(torch.ldexp(index, half), exponent - half)
     rounded = rounded.clamp(-max_value, max_value)
     # frexp says nothing of the exponent of infinities and NaN.
-    rounded = torch.where(input.isinf(), torch.copysign(torch.full_like(input, max_value), input), rounded)
+    rounded = torch.where(
+        input.isinf(), torch.copysign(torch.full_like(input, max_value), input), rounded
+    )
     return torch.where(input.isnan(), input, rounded)
 
 
@@ -120,12 +125,14 @@ def _float_qdq(
 ) -> torch.Tensor:
     r"""Nearest values on a scaled floating-point grid.
 
-    .. math:: out = scale \cdot clamp\left(s \cdot round\left(\frac{input}{scale \cdot s}\right), -max, max\right), \quad
+    .. math:: out = scale \cdot clamp\left(s \cdot round\left(\frac{input}{scale \cdot s}\right),
+    -max, max\right), \quad
         s = 2^{\max(\lfloor \log_2 |input / scale| \rfloor, min\_exponent) - mantissa\_bits}
 
-    Half to even, saturating (infinities too), NaN stays. Computed in float32 (float64 for float64 input, and for formats
-    whose finest step float32 has as a subnormal only). Gradient: straight-through for ``|input| <= max * scale``, else
-    zero; that of the scale is ``out / scale - input / scale`` inside and ``out / scale`` outside.
+    Half to even, saturating (infinities too), NaN stays. Computed in float32 (float64 for float64
+    input, and for formats whose finest step float32 has as a subnormal only). Gradient:
+    straight-through for ``|input| <= max * scale``, else zero; that of the scale is ``out / scale -
+    input / scale`` inside and ``out / scale`` outside.
 
     :param input: floating-point tensor
     :param scale: positive; broadcasts against ``input``, or has one entry per block
@@ -133,7 +140,8 @@ def _float_qdq(
     :param min_exponent: exponent of the smallest normal value
     :param max_value: largest value of the format
     :param unsigned_zero: results of -0.0 become 0.0
-    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever divides
+    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever
+        divides
     :return: shape and dtype of ``input``
     :raises RuntimeError: the shapes do not fit
     """

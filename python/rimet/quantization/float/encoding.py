@@ -39,8 +39,10 @@ class FloatEncoding(EncodingBase):
     :param mantissa_bits, exponent_bits: fields of the format
     :param finite: without infinities
     :param unsigned_zero: with one zero only
-    :param scale: positive tensor in the encoding shape; the grid's values are those of the format times the scale
-    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever divides
+    :param scale: positive tensor in the encoding shape; the grid's values are those of the format
+        times the scale
+    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever
+        divides
     :param producer: the quantizer this comes from
     :raises TypeError, ValueError: there is no such format
     """
@@ -124,8 +126,14 @@ class FloatEncoding(EncodingBase):
         """Real values to values of the format, in the dtype of ``input``."""
         form = self.format
         return _float_quantize(
-            input, self.scale, form.mantissa_bits, form.min_exponent, form.max, form.unsigned_zero, self.block_size
-        )  # fmt: skip
+            input,
+            self.scale,
+            form.mantissa_bits,
+            form.min_exponent,
+            form.max,
+            form.unsigned_zero,
+            self.block_size,
+        )
 
     def dequantize(self, input: torch.Tensor) -> torch.Tensor:
         """Values of the format to real values, in the dtype of ``input``."""
@@ -135,8 +143,14 @@ class FloatEncoding(EncodingBase):
         """Real values to the nearest values on the grid, in the dtype of ``input``."""
         form = self.format
         return _float_qdq(
-            input, self.scale, form.mantissa_bits, form.min_exponent, form.max, form.unsigned_zero, self.block_size
-        )  # fmt: skip
+            input,
+            self.scale,
+            form.mantissa_bits,
+            form.min_exponent,
+            form.max,
+            form.unsigned_zero,
+            self.block_size,
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> FloatEncoding:
         """The same grid with its scale on another device or in another floating dtype.
@@ -151,10 +165,11 @@ class FloatEncoding(EncodingBase):
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """The grid as an entry of an encodings file.
 
-        Files before 2.0.0 know float16 and bfloat16 without a scale; those of 2.0.0 and 2.1.0 have no entry for these
-        (an empty dict is returned).
+        Files before 2.0.0 know float16 and bfloat16 without a scale; those of 2.0.0 and 2.1.0 have
+        no entry for these (an empty dict is returned).
 
-        :param encoding_version: ``"0.6.1"`` (a list of dicts), ``"1.0.0"``, ``"2.0.0"`` or ``"2.1.0"`` (a dict)
+        :param encoding_version: ``"0.6.1"`` (a list of dicts), ``"1.0.0"``, ``"2.0.0"`` or
+            ``"2.1.0"`` (a dict)
         :raises ValueError: another version
         :raises RuntimeError: the version cannot express the format, the scale or the granularity
         """
@@ -162,7 +177,8 @@ class FloatEncoding(EncodingBase):
         if version in ("0.6.1", "1.0.0"):
             if self.format not in _HALF_FORMATS or bool((self.scale != 1).any()):
                 raise RuntimeError(
-                    f"encodings of version {version} have float16 and bfloat16 with scale 1 only, got {self.format.name}"
+                    f"encodings of version {version} have float16 and bfloat16 with scale 1 only, "
+                    f"got {self.format.name}"
                     f"{'' if self.format not in _HALF_FORMATS else ' with another scale'}"
                 )
             if version == "0.6.1":
@@ -172,7 +188,8 @@ class FloatEncoding(EncodingBase):
             return {}
         if self.format not in _FILE_DTYPES:
             raise RuntimeError(
-                f"encodings of version {version} have {', '.join(_FILE_DTYPES.values())}, got {self.format.name}"
+                f"encodings of version {version} have {', '.join(_FILE_DTYPES.values())}, got "
+                f"{self.format.name}"
             )
         entry: dict[str, Any] = {"output_dtype": _FILE_DTYPES[self.format]}
         channel, block, size = channel_and_block_axes(

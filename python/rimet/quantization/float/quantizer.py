@@ -29,20 +29,24 @@ class FloatQuantizeDequantize(QuantizerBase):
 
     .. math:: scale = maxval / max_{format}
 
-    ``maxval`` is a buffer that starts at the format's largest value (scale 1), and that calibration sets to the largest
-    magnitude observed. float16 and bfloat16 are not calibrated.
+    ``maxval`` is a buffer that starts at the format's largest value (scale 1), and that calibration
+    sets to the largest magnitude observed. float16 and bfloat16 are not calibrated.
 
     :param exponent_bits, mantissa_bits: fields of the format, or
-    :param dtype: float16, bfloat16, float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or float8_e5m2fnuz of torch
+    :param dtype: float16, bfloat16, float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or float8_e5m2fnuz
+        of torch
     :param finite: without infinities; ``False`` by default
     :param unsigned_zero: with one zero only; ``False`` by default
     :param shape: encoding shape, ``()`` by default
-    :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever divides
-    :param encoding_analyzer: what calibration takes the range from; :class:`MinMaxEncodingAnalyzer` by default
+    :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever
+        divides
+    :param encoding_analyzer: what calibration takes the range from; :class:`MinMaxEncodingAnalyzer`
+        by default
     :raises ValueError: neither or both of fields and ``dtype``, or no such format
     :raises RuntimeError: the analyzer has another shape
 
-    FP8: Micikevicius et al. 2022, arXiv 2209.05433; OCP microscaling formats: Rouhani et al. 2023, arXiv 2310.10537.
+    FP8: Micikevicius et al. 2022, arXiv 2209.05433; OCP microscaling formats: Rouhani et al. 2023,
+    arXiv 2310.10537.
     """
 
     maxval: torch.Tensor
@@ -63,7 +67,8 @@ class FloatQuantizeDequantize(QuantizerBase):
         if dtype is not None:
             if any(field is not None for field in fields):
                 raise ValueError(
-                    "dtype: expected either dtype or exponent_bits, mantissa_bits, finite, unsigned_zero; got both"
+                    "dtype: expected either dtype or exponent_bits, mantissa_bits, finite, "
+                    "unsigned_zero; got both"
                 )
             self._format = FloatFormat.of_dtype(dtype)
         elif exponent_bits is None or mantissa_bits is None:
@@ -92,7 +97,7 @@ class FloatQuantizeDequantize(QuantizerBase):
         self._is_overwrite_allowed["maxval"] = True
         self._ready = True
 
-    # -- format --------------------------------------------------------------------------------------------------------
+    # -- format ------------------------------------------------------------------------------------
 
     def _set_format(self, form: FloatFormat) -> None:
         """Change the format; a range that was the old format's own becomes that of the new one."""
@@ -148,7 +153,7 @@ class FloatQuantizeDequantize(QuantizerBase):
         """Whether the format is bfloat16."""
         return self._format.torch_dtype is torch.bfloat16
 
-    # -- range ---------------------------------------------------------------------------------------------------------
+    # -- range -------------------------------------------------------------------------------------
 
     def is_initialized(self) -> bool:
         """``True``: there is a range from the start."""
@@ -188,7 +193,7 @@ class FloatQuantizeDequantize(QuantizerBase):
             return
         self.maxval.copy_(self._largest(ends))
 
-    # -- forward -------------------------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def _kernel(self, input: torch.Tensor, maxval: torch.Tensor) -> torch.Tensor:
         form = self._format
@@ -221,11 +226,12 @@ class FloatQuantizeDequantize(QuantizerBase):
     def forward(self, input: torch.Tensor) -> Any:
         """Quantize a tensor.
 
-        While calibrating (:meth:`compute_encodings`) the input is observed and quantized with its own range.
+        While calibrating (:meth:`compute_encodings`) the input is observed and quantized with its
+        own range.
 
         :param input: floating-point tensor of a shape that the encoding shape (and block size) fits
-        :return: a :class:`rimet.quantization.DequantizedTensor` of the same shape and dtype; a plain tensor under
-            ``torch.jit``, ``torch.compile`` and ``torch.export``
+        :return: a :class:`rimet.quantization.DequantizedTensor` of the same shape and dtype; a
+            plain tensor under ``torch.jit``, ``torch.compile`` and ``torch.export``
         :raises RuntimeError: the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
@@ -245,7 +251,7 @@ class FloatQuantizeDequantize(QuantizerBase):
             return output
         return DequantizedTensor._adopt_fresh(output, self._encoding_of_maxval(maxval))
 
-    # -- encodings -----------------------------------------------------------------------------------------------------
+    # -- encodings ---------------------------------------------------------------------------------
 
     def _encoding_of_maxval(self, maxval: torch.Tensor) -> FloatEncoding:
         form = self._format
@@ -285,7 +291,8 @@ class FloatQuantizeDequantize(QuantizerBase):
         return quantizer
 
     def set_encodings(self, encodings: EncodingBase) -> None:
-        """Take over the format and scale of ``encodings``; the encoding shape has to be this quantizer's.
+        """Take over the format and scale of ``encodings``; the encoding shape has to be this
+        quantizer's.
 
         :raises TypeError: not a :class:`FloatEncoding`
         :raises ValueError: another encoding shape
@@ -294,7 +301,8 @@ class FloatQuantizeDequantize(QuantizerBase):
             raise TypeError(f"encodings: expected a FloatEncoding, got {encodings!r}")
         if tuple(encodings.scale.shape) != self.shape:
             raise ValueError(
-                f"encodings: expected scales of shape {self.shape}, got {tuple(encodings.scale.shape)}"
+                f"encodings: expected scales of shape {self.shape}, got "
+                f"{tuple(encodings.scale.shape)}"
             )
         self._format = encodings.format
         self.block_size = encodings.block_size
@@ -302,14 +310,16 @@ class FloatQuantizeDequantize(QuantizerBase):
             self.maxval.copy_(encodings.maxval)
 
     def get_legacy_encodings(self) -> list[dict[str, Any]] | None:
-        """The format in the form of an encodings file of version 0.6.1: ``[{"bitwidth": ..., "dtype": "float"}]``."""
+        """The format in the form of an encodings file of version 0.6.1: ``[{"bitwidth": ...,
+        "dtype": "float"}]``.
+        """
         return [{"bitwidth": self.bitwidth, "dtype": "float"}]
 
     def set_legacy_encodings(self, encodings: list[dict[str, Any]]) -> None:
         """Take over the format from the form of an encodings file of version 0.6.1.
 
-        Sixteen bits mean float16, unless this quantizer is bfloat16 already; this quantizer's own bit-width changes
-        nothing.
+        Sixteen bits mean float16, unless this quantizer is bfloat16 already; this quantizer's own
+        bit-width changes nothing.
 
         :raises TypeError: not a list of dicts
         :raises ValueError: empty, not a float
@@ -332,7 +342,7 @@ class FloatQuantizeDequantize(QuantizerBase):
             with torch.no_grad():
                 self.maxval.fill_(self._format.max)
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """The format: exponent_bits, mantissa_bits, finite, unsigned_zero; and block_size."""

@@ -33,9 +33,7 @@ def quantize_dequantize(
     zero_point_shift: float = 0.0,
 ) -> torch.Tensor:
     """Nearest values on the grid; ``torch.ops.rimet.quantize_dequantize``."""
-    return _ops.quantize_dequantize(
-        tensor, scale, offset, qmin, qmax, zero_point_shift, block_size
-    )
+    return _ops.quantize_dequantize(tensor, scale, offset, qmin, qmax, zero_point_shift, block_size)
 
 
 def dequantize(

@@ -1,7 +1,8 @@
 """Affine quantization composed of torch's own operators.
 
-Several passes over memory, but nothing outside of torch: for tools that do not know the engine's ops, and as a second
-opinion on them. Gradients follow from the composition, with rounding as the identity.
+Several passes over memory, but nothing outside of torch: for tools that do not know the engine's
+ops, and as a second opinion on them. Gradients follow from the composition, with rounding as the
+identity.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 def _blocks(
     tensor: torch.Tensor, scale: torch.Tensor, block_size: Sequence[int] | None
 ) -> tuple[list[int], list[int]]:
-    """Shapes of ``tensor`` and ``scale`` under which the scale broadcasts, one dimension pair per blocked dimension."""
+    """Shapes of ``tensor`` and ``scale`` under which the scale broadcasts, one dimension pair per
+    blocked dimension.
+    """
     if block_size is None:
         return list(tensor.shape), list(scale.shape)
     if len(block_size) != scale.dim() or tensor.dim() < scale.dim():
         raise RuntimeError(
-            f"block_size: expected one entry per dimension of scale {tuple(scale.shape)} and a tensor of at least as "
+            f"block_size: expected one entry per dimension of scale {tuple(scale.shape)} and a "
+            "tensor of at least as "
             f"many dimensions, got {tuple(block_size)} and {tuple(tensor.shape)}"
         )
     lead = tensor.dim() - scale.dim()
@@ -50,7 +54,8 @@ def _blocks(
         size = dim // count if size == -1 else size
         if size * count != dim:
             raise RuntimeError(
-                f"tensor: expected size {size} * {count} = {size * count} in dimension {lead + axis}, got {dim}"
+                f"tensor: expected size {size} * {count} = {size * count} in dimension "
+                f"{lead + axis}, got {dim}"
             )
         split += [count, size]
         expanded += [count, 1]
