@@ -17,6 +17,7 @@ from rimet.quantization.affine._grid import (
     check_block_size,
     grid_of_bitwidth,
 )
+from rimet.quantization.affine.backends.torch_builtins import _Round
 from rimet.quantization.affine.encoding import AffineEncoding, GroupedBlockEncoding
 from rimet.quantization.base import EncodingBase, QuantizerBase
 from rimet.quantization.encoding_analyzer import (
@@ -286,12 +287,19 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
                 return None
             return self.encoding_analyzer.update_stats(input.detach())
 
+    def _calibration_steps(self) -> int:
+        """Number of steps that calibration spreads the data over.
+
+        A shifted grid has no zero: half a step lies beyond the outermost values at either end.
+        """
+        return max(self._num_steps() - (1 if self.zero_point_shift else 0), 1)
+
     @torch.no_grad()
     def _apply_statistics(self) -> None:
         assert self.encoding_analyzer is not None
         try:
             low, high = self.encoding_analyzer.compute_encodings(
-                self._num_steps(), is_symmetric=self._symmetric
+                self._calibration_steps(), is_symmetric=self._symmetric
             )
         except StatisticsNotFoundError:
             return
@@ -306,7 +314,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             zero = torch.zeros(self.shape, dtype=input.dtype, device=input.device)
             return zero, zero
         low, high = self.encoding_analyzer.compute_encodings_from_stats(
-            stats, self._num_steps(), is_symmetric=self._symmetric
+            stats, self._calibration_steps(), is_symmetric=self._symmetric
         )
         return low.reshape(self.shape), high.reshape(self.shape)
 
@@ -635,8 +643,8 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
         scale' = clamp\left(round\left(\frac{scale}{s_{group}}\right), 1, 2^{decompressed\_bw -
         bitwidth}\right) s_{group}
 
-    with ``scale`` of :class:`AffineQuantizerBase`. The gradient reaches ``min`` and ``max`` as if
-    ``scale'`` was ``scale``.
+    with ``scale`` of :class:`AffineQuantizerBase`. Gradients reach ``min`` and ``max`` through both
+    levels, with rounding as the identity.
 
     :param shape: encoding shape
     :param bitwidth: bits of an element
@@ -699,14 +707,11 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
         scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         levels = 2 ** (self.decompressed_bw - self.bitwidth)
         split, axes = self._groups()
-        grouped = scale.detach().reshape(split)
+        grouped = scale.reshape(split)
         group_scale = (grouped.amax(axes, keepdim=True) if axes else grouped) / levels
-        snapped = torch.round(grouped / group_scale).clamp(1, levels) * group_scale
-        return (
-            _Snap.apply(scale, snapped.reshape(scale.shape)),
-            offset,
-            group_scale.reshape(split[::2]),
-        )
+        # Rounding passes gradients on as they are; the largest scale of a group is in all others.
+        snapped = _Round.apply(grouped / group_scale).clamp(1, levels) * group_scale
+        return snapped.reshape(scale.shape), offset, group_scale.reshape(split[::2])
 
     def get_scale(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """Step of the grid in the encoding shape: integer multiples of
@@ -769,18 +774,6 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
         quantizer.to(encodings.scale.device)
         quantizer.set_range(encodings.min, encodings.max)
         return quantizer
-
-
-class _Snap(torch.autograd.Function):
-    """Replaces values; the gradient passes as if it had not."""
-
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad, None
 
 
 @runtime_checkable
