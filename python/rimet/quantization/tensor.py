@@ -240,6 +240,8 @@ class QuantizedTensorBase(torch.Tensor):
         if func in _KEEPS_ANY:
             return _with_encoding(out, self, self.encoding)
         if func in _CASTS:
+            if out is self:
+                return self
             if not isinstance(out, torch.Tensor) or not out.is_floating_point():
                 return _as_plain(out)
             encoding = self.encoding

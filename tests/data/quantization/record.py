@@ -118,7 +118,8 @@ def grouped_case(grouping: tuple[int, ...] | None) -> dict[str, Any]:
     encoding = quantizer.get_encodings()
     return {
         "block_grouping": grouping, "x": plain(x), "weight": plain(weight), "y": plain(y),
-        "min": plain(quantizer.min), "max": plain(quantizer.max), "scale": plain(quantizer.get_scale()),
+        "min": plain(quantizer.min), "max": plain(quantizer.max),
+        "scale": plain(quantizer.get_scale()),
         "per_channel_scale": plain(quantizer.get_per_channel_scale()),
         "per_block_int_scale": plain(encoding.per_block_int_scale), "grad_x": plain(leaf.grad),
         "grad_min": plain(quantizer.min.grad), "grad_max": plain(quantizer.max.grad),
@@ -132,7 +133,9 @@ def float_case(form: dict[str, Any]) -> dict[str, Any]:
     x = torch.cat(
         [
             torch.randn(24) * torch.logspace(-5, 2, 24),
-            torch.tensor([0.0, -0.0, largest, -2 * largest, 2.0**-9, 1.5 * 2.0**-10, 1.0625, 1.1875]),
+            torch.tensor(
+                [0.0, -0.0, largest, -2 * largest, 2.0**-9, 1.5 * 2.0**-10, 1.0625, 1.1875]
+            ),
         ]
     )
     x = x.clamp(-3e38, 3e38)

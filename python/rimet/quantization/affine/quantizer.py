@@ -17,7 +17,7 @@ from rimet.quantization.affine._grid import (
     check_block_size,
     grid_of_bitwidth,
 )
-from rimet.quantization.affine.backends.torch_builtins import _Round
+from rimet.quantization.affine.backends.torch_builtins import straight_through_round
 from rimet.quantization.affine.encoding import AffineEncoding, GroupedBlockEncoding
 from rimet.quantization.base import EncodingBase, QuantizerBase
 from rimet.quantization.encoding_analyzer import (
@@ -184,7 +184,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
     @bitwidth.setter
     def bitwidth(self, bitwidth: int) -> None:
-        signed = self._signed
+        _, signed = self._integer_kind("bitwidth")
         self.qmin, self.qmax = grid_of_bitwidth(bitwidth, signed)
 
     @property
@@ -197,7 +197,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
     @signed.setter
     def signed(self, signed: bool) -> None:
-        bitwidth = self._bitwidth
+        bitwidth, _ = self._integer_kind("signed")
         self.qmin, self.qmax = grid_of_bitwidth(bitwidth, bool(signed))
 
     # -- range -------------------------------------------------------------------------------------
@@ -553,6 +553,14 @@ def _check_legacy(encodings: Any, count: int) -> list[dict[str, Any]]:
     return list(encodings)
 
 
+def _refuse_zero_point_shift(quantizer: AffineQuantizerBase) -> None:
+    if quantizer.zero_point_shift:
+        raise RuntimeError(
+            f"zero_point_shift: {type(quantizer).__name__} supports 0.0 only, "
+            f"got {quantizer.zero_point_shift}"
+        )
+
+
 class Quantize(AffineQuantizerBase):
     r"""Maps a tensor to grid indices.
 
@@ -564,10 +572,7 @@ class Quantize(AffineQuantizerBase):
 
     def __init__(self, shape: int | Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(shape, *args, **kwargs)
-        if self.zero_point_shift:
-            raise RuntimeError(
-                f"zero_point_shift: Quantize supports 0.0 only, got {self.zero_point_shift}"
-            )
+        _refuse_zero_point_shift(self)
 
     def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
@@ -620,13 +625,17 @@ class Dequantize(AffineQuantizerBase):
     .. math:: out = (input + offset) \cdot scale
 
     Takes the arguments of :class:`AffineQuantizerBase`. The result has the input's dtype and is a
-    :class:`rimet.quantization.DequantizedTensor`.
+    :class:`rimet.quantization.DequantizedTensor`; it cannot have a zero point shift.
     """
+
+    def __init__(self, shape: int | Sequence[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(shape, *args, **kwargs)
+        _refuse_zero_point_shift(self)
 
     def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         backend = _backends._override or _backends._native
-        return backend.dequantize(input, scale, offset + self.zero_point_shift, self.block_size)
+        return backend.dequantize(input, scale, offset, self.block_size)
 
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
@@ -710,7 +719,7 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
         grouped = scale.reshape(split)
         group_scale = (grouped.amax(axes, keepdim=True) if axes else grouped) / levels
         # Rounding passes gradients on as they are; the largest scale of a group is in all others.
-        snapped = _Round.apply(grouped / group_scale).clamp(1, levels) * group_scale
+        snapped = straight_through_round(grouped / group_scale).clamp(1, levels) * group_scale
         return snapped.reshape(scale.shape), offset, group_scale.reshape(split[::2])
 
     def get_scale(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:

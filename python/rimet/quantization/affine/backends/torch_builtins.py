@@ -8,23 +8,21 @@ identity.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 __all__ = ["dequantize", "quantize", "quantize_dequantize"]
 
 
-class _Round(torch.autograd.Function):
-    """Rounding half to even whose gradient is that of the identity."""
+def straight_through_round(input: torch.Tensor) -> torch.Tensor:
+    """Rounding half to even whose gradient is that of the identity.
 
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
-        return torch.round(input)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return grad
+    Written with operators alone, so that a traced graph has the gradient too: adding
+    ``input - input`` changes no finite value.
+    """
+    value = input.detach()
+    rounded = torch.round(value)
+    return torch.where(value.isinf(), rounded, rounded + (input - value))
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -74,7 +72,9 @@ def quantize(
     dtype = _compute_dtype(tensor)
     split, expanded = _blocks(tensor, scale, block_size)
     scale, offset = scale.to(dtype).reshape(expanded), offset.to(dtype).reshape(expanded)
-    index = (_Round.apply(tensor.to(dtype).reshape(split) / scale) - offset).clamp(qmin, qmax)
+    index = (straight_through_round(tensor.to(dtype).reshape(split) / scale) - offset).clamp(
+        qmin, qmax
+    )
     return index.reshape(tensor.shape).to(tensor.dtype)
 
 
@@ -91,7 +91,9 @@ def quantize_dequantize(
     dtype = _compute_dtype(tensor)
     split, expanded = _blocks(tensor, scale, block_size)
     scale, offset = scale.to(dtype).reshape(expanded), offset.to(dtype).reshape(expanded)
-    index = _Round.apply(tensor.to(dtype).reshape(split) / scale - zero_point_shift) - offset
+    index = (
+        straight_through_round(tensor.to(dtype).reshape(split) / scale - zero_point_shift) - offset
+    )
     value = (index.clamp(qmin, qmax) + offset + zero_point_shift) * scale
     return value.reshape(tensor.shape).to(tensor.dtype)
 
