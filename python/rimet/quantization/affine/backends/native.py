@@ -19,7 +19,12 @@ def quantize(
     qmax: int,
     block_size: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """``clamp(round(tensor / scale) - offset, qmin, qmax)``; ``torch.ops.rimet.quantize``."""
+    """``clamp(round(tensor / scale) - offset, qmin, qmax)``; ``torch.ops.rimet.quantize``.
+
+    :raises RuntimeError: the grid goes beyond what the dtype of ``tensor`` holds
+    """
+    if tensor.dtype is torch.float16 and max(qmax, -qmin) > 65504:
+        raise RuntimeError(f"quantize: {tensor.dtype} does not hold the grid [{qmin}, {qmax}]")
     return _ops.quantize(tensor, scale, offset, qmin, qmax, block_size)
 
 
