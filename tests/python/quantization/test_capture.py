@@ -46,6 +46,13 @@ def test_trace_and_save(quantizer: Any) -> None:
     assert "rimet::" in str(traced.graph)
 
 
+def test_scripting_is_refused_in_words() -> None:
+    model = torch.nn.Sequential(quantizers()[0])
+    with pytest.raises(RuntimeError, match=r"QuantizeDequantize.*torch\.jit\.trace"):
+        torch.jit.script(model)
+    assert type(model(X)) is DequantizedTensor
+
+
 @AFFINE
 def test_compile(quantizer: Any) -> None:
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")

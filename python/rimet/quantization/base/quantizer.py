@@ -38,7 +38,7 @@ class QuantizerBase(nn.Module):
 
     Called in plain eager mode it returns a tensor that knows its encoding
     (:class:`rimet.quantization.QuantizedTensor` or :class:`rimet.quantization.DequantizedTensor`).
-    Under ``torch.jit`` tracing and scripting, ``torch.compile`` and ``torch.export`` it returns a
+    Under ``torch.jit.trace``, ``torch.compile`` and ``torch.export`` it returns a
     plain tensor.
 
     Quantization parameters start as NaN, which no calibration yields: a parameter that still holds
@@ -75,6 +75,12 @@ class QuantizerBase(nn.Module):
         """The numerics of :meth:`forward` on plain tensors; while calibrating, observes and
         returns ``input``.
         """
+
+    def __prepare_scriptable__(self) -> QuantizerBase:
+        raise RuntimeError(
+            f"torch.jit.script cannot take a {type(self).__name__}, which calibrates in Python; use "
+            "torch.jit.trace, or script functions that call torch.ops.rimet"
+        )
 
     # -- calibration -------------------------------------------------------------------------------
 
