@@ -30,7 +30,7 @@ def grid(x: torch.Tensor, low: float, high: float, qmin: int, qmax: int, symmetr
     """Scale, offset, indices and values by the formulas, in float64."""
     scale = max(abs(high - low) / (qmax - qmin), 2.0**-23)
     if symmetric:
-        offset = float(-math.ceil((qmin + qmax) / 2))
+        offset = -float(round((qmin + qmax) / 2))  # half to even
     else:
         ratio = torch.tensor(low / scale, dtype=torch.float64)
         offset = float(torch.round(ratio).item() - qmin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,9 +87,6 @@ class AffineGrid:
 
     def _num_steps(self) -> int:
         return self.qmax - self.qmin
-
-    def _centre(self) -> int:
-        return math.ceil((self.qmax + self.qmin) / 2)
 
     def _integer_kind(self, attribute: str) -> tuple[int, bool]:
         """``(bitwidth, signed)`` of a grid that is all of an integer type."""

@@ -82,7 +82,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
     .. math::
         scale = \max\left(\frac{|max - min|}{qmax - qmin}, 2^{-23}\right), \quad
         offset = \begin{cases}
-            -\lceil (qmin + qmax) / 2 \rceil & \text{symmetric}\\
+            -round((qmin + qmax) / 2) & \text{symmetric}\\
             clamp(round(min / scale) - qmin, -qmax, -qmin) & \text{else}\end{cases}
 
     (the smallest scale is lower on grids with very many steps). ``offset`` is minus the

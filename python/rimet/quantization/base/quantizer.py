@@ -78,8 +78,8 @@ class QuantizerBase(nn.Module):
 
     def __prepare_scriptable__(self) -> QuantizerBase:
         raise RuntimeError(
-            f"torch.jit.script cannot take a {type(self).__name__}, which calibrates in Python; use "
-            "torch.jit.trace, or script functions that call torch.ops.rimet"
+            f"torch.jit.script cannot take a {type(self).__name__}, which calibrates in Python; "
+            "use torch.jit.trace, or script functions that call torch.ops.rimet"
         )
 
     # -- calibration -------------------------------------------------------------------------------
