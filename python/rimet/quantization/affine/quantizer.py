@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
@@ -318,15 +319,15 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         )
         return low.reshape(self.shape), high.reshape(self.shape)
 
+    @abstractmethod
     def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The quantizer's map for a given range."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> QuantizedTensorBase:
         """A fresh plain tensor as one that knows its encoding."""
-        raise NotImplementedError
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(min, max)``, initialized."""
@@ -399,7 +400,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         """
         if not isinstance(encodings, AffineEncoding):
             raise TypeError(f"encodings: expected an AffineEncoding, got {encodings!r}")
-        quantizer = cls(
+        quantizer = cls(  # type: ignore[abstract]
             tuple(encodings.scale.shape),
             encodings.qmin,
             encodings.qmax,

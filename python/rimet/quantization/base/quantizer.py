@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def _is_opaque(param: torch.Tensor) -> bool:
     return param.is_meta or torch.compiler.is_compiling() or type(param.data) is not torch.Tensor
 
 
-class QuantizerBase(nn.Module):
+class QuantizerBase(ABC, nn.Module):
     """A module that maps a tensor onto a quantization grid.
 
     Called in plain eager mode it returns a tensor that knows its encoding
