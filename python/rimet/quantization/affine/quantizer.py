@@ -362,12 +362,15 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         :raises RuntimeError: no range has been set yet, or the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
-        if isinstance(input, QuantizedTensorBase):
-            input = input.as_subclass(torch.Tensor)
         if self._calibrating:
+            if self._pass_through:
+                return self._forward_tensor(input)
+            input = _as_plain(input)
             low, high = self._dynamic_range(input, self._observe(input))
         else:
             low, high = self._range()
+            if isinstance(input, QuantizedTensorBase):
+                input = input.as_subclass(torch.Tensor)
         output = self._kernel(input, low, high)
         if _is_compiling() or _is_tracing() is not None:
             return output
