@@ -400,5 +400,5 @@ def rows(size: Size) -> Iterator[Row]:
         yield forward(label, activation, (), 8, False, dtype=dtype)
     yield from one_way(size)
     yield from after_convolution(size)
-    # yield from quantizer_module(size)
+    yield from quantizer_module(size)
     yield from growth(size)
