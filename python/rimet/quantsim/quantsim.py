@@ -22,7 +22,6 @@ from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
-from rimet.quantization import encoding_analyzer as analyzers
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
 
@@ -317,9 +316,9 @@ class QuantizationSimModel:
             raise ValueError(f"percentile_value: expected 90 to 100, got {percentile_value}")
         self._percentile_value = float(percentile_value)
         for quantizer in self.quantizers():
-            analyzer = getattr(quantizer, "encoding_analyzer", None)
-            if isinstance(analyzer, analyzers.PercentileEncodingAnalyzer):
-                analyzer.set_percentile(percentile_value)
+            set_percentile = getattr(quantizer.encoding_analyzer, "set_percentile", None)
+            if set_percentile is not None:
+                set_percentile(percentile_value)
 
     def exclude_param_from_quantization(self, param_name_to_exclude: str) -> None:
         """Removes the quantizers of all parameters of that name (``"weight"``, ``"bias"``)."""
