@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -210,7 +211,8 @@ class QuantizationSimModel:
                 reused,
             )
 
-        self._recording = recording
+        # The unquantized modules have served their purpose.
+        self._recording = dataclasses.replace(recording, modules={})
         self._connected_graph: ConnectedGraph | None = None
         self._quant_scheme = scheme
         self._default_output_bw = default_output_bw
@@ -702,11 +704,8 @@ class QuantizationSimModel:
         return f"QuantizationSimModel({enabled} quantizers in {modules} modules)\n{self.model}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph is the record of one run; its module objects and engine handle stay behind.
-        state = dict(self.__dict__)
-        state["_recording"] = None
-        state["_connected_graph"] = None
-        return state
+        # The view refers to modules of this object's model; a copy makes its own.
+        return {**self.__dict__, "_connected_graph": None}
 
 
 def _version() -> str:
