@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,9 +88,6 @@ class AffineGrid:
     def _num_steps(self) -> int:
         return self.qmax - self.qmin
 
-    def _centre(self) -> int:
-        return math.ceil((self.qmax + self.qmin) / 2)
-
     def _integer_kind(self, attribute: str) -> tuple[int, bool]:
         """``(bitwidth, signed)`` of a grid that is all of an integer type."""
         bits = (self.qmax - self.qmin + 1).bit_length() - 1
@@ -99,7 +95,8 @@ class AffineGrid:
             if bits >= 1 and grid_of_bitwidth(bits, signed) == (self.qmin, self.qmax):
                 return bits, signed
         raise RuntimeError(
-            f"{type(self).__name__}.{attribute}: the grid [{self.qmin}, {self.qmax}] is not all of an integer type; "
+            f"{type(self).__name__}.{attribute}: the grid [{self.qmin}, {self.qmax}] is not all "
+            "of an integer type; "
             "use qmin and qmax"
         )
 

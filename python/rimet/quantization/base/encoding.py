@@ -19,7 +19,8 @@ class EncodingBase(ABC):
     Encodings are values: no method changes one in place.
     """
 
-    # Shape of the tensor that was, or is to be, quantized. Export needs it to tell a channel axis from a block axis.
+    # Shape of the tensor that was, or is to be, quantized. Export needs it to tell a channel axis
+    # from a block axis.
     _input_shape_hint: tuple[int, ...] | None = None
 
     @property
@@ -30,7 +31,9 @@ class EncodingBase(ABC):
     @property
     @abstractmethod
     def granularity(self) -> str | None:
-        """``"pertensor"``, ``"perchannel"``, ``"blockwise"`` or ``"unknown"``; ``None`` for scales that are no tensors."""
+        """``"pertensor"``, ``"perchannel"``, ``"blockwise"`` or ``"unknown"``; ``None`` for scales
+        that are no tensors.
+        """
 
     @property
     @abstractmethod
@@ -83,6 +86,8 @@ class EncodingBase(ABC):
         return self._mapped(torch.Tensor.detach)
 
     def _hint_input_shape(self: _Self, input_shape: tuple[int, ...]) -> _Self:
-        """Tell the shape of the quantized tensor, which export of channel and block axes asks for. Returns ``self``."""
+        """Tell the shape of the quantized tensor, which export of channel and block axes asks for.
+        Returns ``self``.
+        """
         self._input_shape_hint = tuple(input_shape)
         return self
