@@ -6,8 +6,8 @@ use pyo3::prelude::*;
 
 mod backend;
 mod error;
-
-pub(crate) use error::to_py;
+mod export;
+mod graph;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
@@ -15,5 +15,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     backend::register(module)?;
+    export::register(module)?;
+    graph::register(module)?;
     Ok(())
 }
