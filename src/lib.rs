@@ -7,9 +7,11 @@
 //! - [`kernels`]: CPU kernels with run-time dispatch over instruction sets, and the C boundary.
 //! - [`ops`]: the ops over [`tch::Tensor`], through torch's dispatcher.
 //! - [`nn`]: quantizers and quantized layers for programs written with [`tch`].
+//! - [`calibration`]: encoding analyzers: histograms, percentile, SQNR and MSE searches.
 //! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.
 //! - [`export`]: encodings files.
 
+pub mod calibration;
 pub mod encoding;
 pub mod error;
 pub mod export;
