@@ -8,6 +8,7 @@
 //! - [`ops`]: the ops over [`tch::Tensor`], through torch's dispatcher.
 //! - [`calibration`]: encoding analyzers.
 //! - [`nn`]: quantizers and quantized layers for programs written with [`tch`].
+//! - [`calibration`]: encoding analyzers: histograms, percentile, SQNR and MSE searches.
 //! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.
 //! - [`export`]: encodings files.
 
