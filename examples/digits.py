@@ -103,7 +103,7 @@ class DigitsNet(nn.Module):
         self.separable1 = separable(width, width)
         self.residual = InvertedResidual(width)
         self.down = nn.Sequential(*conv_bn(width, double, 3, stride=2, groups=4), nn.ReLU6())
-        self.separable2 = separable(double, double)
+        self.separable2 = nn.Sequential(separable(double, double), separable(double, double))
         self.branch1 = nn.Sequential(*conv_bn(double, double, 3, groups=double), nn.ReLU())
         self.branch2 = nn.Sequential(*conv_bn(double, width, 1), nn.ReLU())
         self.concat = custom.Concat(axis=1)

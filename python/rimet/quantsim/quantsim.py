@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -22,7 +23,6 @@ from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
-from rimet.quantization import encoding_analyzer as analyzers
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
 
@@ -211,7 +211,8 @@ class QuantizationSimModel:
                 reused,
             )
 
-        self._recording = recording
+        # The unquantized modules have served their purpose.
+        self._recording = dataclasses.replace(recording, modules={})
         self._connected_graph: ConnectedGraph | None = None
         self._quant_scheme = scheme
         self._default_output_bw = default_output_bw
@@ -317,9 +318,9 @@ class QuantizationSimModel:
             raise ValueError(f"percentile_value: expected 90 to 100, got {percentile_value}")
         self._percentile_value = float(percentile_value)
         for quantizer in self.quantizers():
-            analyzer = getattr(quantizer, "encoding_analyzer", None)
-            if isinstance(analyzer, analyzers.PercentileEncodingAnalyzer):
-                analyzer.set_percentile(percentile_value)
+            set_percentile = getattr(quantizer.encoding_analyzer, "set_percentile", None)
+            if set_percentile is not None:
+                set_percentile(percentile_value)
 
     def exclude_param_from_quantization(self, param_name_to_exclude: str) -> None:
         """Removes the quantizers of all parameters of that name (``"weight"``, ``"bias"``)."""
@@ -703,11 +704,8 @@ class QuantizationSimModel:
         return f"QuantizationSimModel({enabled} quantizers in {modules} modules)\n{self.model}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph is the record of one run; its module objects and engine handle stay behind.
-        state = dict(self.__dict__)
-        state["_recording"] = None
-        state["_connected_graph"] = None
-        return state
+        # The view refers to modules of this object's model; a copy makes its own.
+        return {**self.__dict__, "_connected_graph": None}
 
 
 def _version() -> str:
