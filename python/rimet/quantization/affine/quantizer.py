@@ -307,7 +307,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         for name, param, value in (("min", self.min, low), ("max", self.max, high)):
             if self._is_overwrite_allowed[name]:
                 param.copy_(value.reshape(param.shape))
-        self._ready = False
+        # Data with NaN gives a range of NaN, which then is the result and not a lack of one.
+        self._ready = all(self._is_overwrite_allowed[name] for name in ("min", "max"))
 
     def _dynamic_range(self, input: torch.Tensor, stats: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.encoding_analyzer is not None

@@ -41,7 +41,7 @@ class QuantizerBase(ABC, nn.Module):
     Under ``torch.jit.trace``, ``torch.compile`` and ``torch.export`` it returns a
     plain tensor.
 
-    Quantization parameters start as NaN, which no calibration yields: a parameter that still holds
+    Quantization parameters start as NaN, which no finite data yields: a parameter that still holds
     what it was registered with has not been initialized. That is a property of the values, so it
     survives copying, pickling, moving and in-place writes of any kind.
     """
@@ -278,7 +278,7 @@ class QuantizerBase(ABC, nn.Module):
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Per parameter, whether it is initialized."""
         return {
-            name: torch.tensor(self._is_parameter_initialized(name, param))
+            name: torch.tensor(self._ready or self._is_parameter_initialized(name, param))
             for name, param in self._parameters.items()
             if param is not None
         }
