@@ -111,6 +111,31 @@ impl View {
 }
 
 impl Affine {
+    /// The arguments beside the tensors, for a call through the dispatcher. Borrows `block` as a pointer:
+    /// it must outlive the call.
+    pub(crate) fn plain(
+        op: i32,
+        grid: Option<&AffineGrid>,
+        symmetric_range: Option<bool>,
+        block: Option<&[i64]>,
+    ) -> Self {
+        Self {
+            first: std::ptr::null(),
+            second: std::ptr::null(),
+            encoding: std::ptr::null(),
+            encoding_ndim: 0,
+            block: block.map_or(std::ptr::null(), <[i64]>::as_ptr),
+            block_len: block.map_or(-1, |b| b.len() as i64),
+            qmin: grid.map_or(0, AffineGrid::qmin),
+            qmax: grid.map_or(1, AffineGrid::qmax),
+            zero_point_shift: grid.map_or(0.0, AffineGrid::zero_point_shift),
+            op,
+            is_range: i32::from(symmetric_range.is_some()),
+            symmetric: i32::from(symmetric_range.unwrap_or(false)),
+            double_compute: 0,
+        }
+    }
+
     /// # Safety
     /// The pointers are as `csrc/engine.h` says.
     unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {

@@ -5,9 +5,10 @@
 use pyo3::prelude::*;
 
 mod backend;
+mod calibration;
 mod error;
-
-pub(crate) use error::to_py;
+mod export;
+mod graph;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
@@ -15,5 +16,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     backend::register(module)?;
+    calibration::register(module)?;
+    export::register(module)?;
+    graph::register(module)?;
     Ok(())
 }

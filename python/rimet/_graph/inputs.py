@@ -1,0 +1,79 @@
+"""Example inputs of any structure: how they bind to a model's forward, and which tensors are in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors of a nested value (tuples, lists, dicts, dataclasses) in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def move_to(value: Any, device: torch.device | str) -> Any:
+    """The same nested value with its tensors on ``device``."""
+    return _map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _map_tensors(item, change) for key, item in value.items()})  # type: ignore[arg-type]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+def bind_inputs(model: torch.nn.Module, dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turns an example input into ``(args, kwargs)`` of ``model.forward``.
+
+    A tuple or list holds the positional arguments, a dict whose keys are parameters of ``forward`` the keyword
+    arguments; a dict at the end of a tuple is taken for keyword arguments by the same test. Anything else is
+    the one positional argument.
+
+    Raises:
+        RuntimeError: there is no tensor in ``dummy_input``.
+    """
+    if next(tensors_in(dummy_input), None) is None:
+        raise RuntimeError(
+            f"dummy_input of {type(model).__name__}: expected a tensor or a tuple, list or dict that holds "
+            f"tensors, got {type(dummy_input).__name__} without any tensor"
+        )
+    if isinstance(dummy_input, Mapping) and _are_keywords(model, dummy_input):
+        return (), dict(dummy_input)
+    if not isinstance(dummy_input, tuple | list):
+        return (dummy_input,), {}
+    args = tuple(dummy_input)
+    last = args[-1]
+    if isinstance(last, Mapping) and _are_keywords(model, last, taken=len(args) - 1):
+        return args[:-1], dict(last)
+    return args, {}
+
+
+def _are_keywords(model: torch.nn.Module, mapping: Mapping[Any, Any], taken: int = 0) -> bool:
+    """Whether each key names a parameter of ``forward`` that no positional argument fills."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return False
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    free = {p.name for p in list(signature.parameters.values())[taken:] if p.kind in by_keyword}
+    return bool(mapping) and all(key in free for key in mapping)

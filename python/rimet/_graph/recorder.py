@@ -1,0 +1,360 @@
+"""Records the graph of a model by running it once.
+
+Module calls are seen by forward hooks, functional operations by a ``TorchFunctionMode``; both become events of
+``rimet._core.GraphBuilder``. There is no tracing: the model computes on real tensors, so reused modules, control
+flow (the path that is executed), views, in-place operations and nested inputs and outputs need no special
+treatment by its author. The cost grows linearly with the number of operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from rimet import _core
+from rimet._graph.inputs import tensors_in
+
+
+class Twin(NamedTuple):
+    """What the graph needs to know about the quantized twin of a module."""
+
+    num_inputs: int
+    num_outputs: int
+    dynamic_inputs: bool
+
+
+@dataclass
+class Recording:
+    """The graph of one run, with the modules it speaks of."""
+
+    graph: _core.Graph
+    modules: dict[str, torch.nn.Module]
+    """Every module that can be a node, by the path under which it was first met."""
+    num_inputs: int
+    num_outputs: int
+    unwatched: list[str] = field(default_factory=list)
+    """Places where a tensor appeared that no watched operation had made."""
+
+
+def class_key(cls: type) -> str:
+    """The name by which the engine's operator tables know a module class."""
+    module, name = cls.__module__, cls.__qualname__
+    if module.startswith("torch.nn.") and getattr(torch.nn, cls.__name__, None) is cls:
+        return f"nn.{name}"
+    if module.startswith("rimet.nn.modules.custom"):
+        return f"custom.{name}"
+    if module.startswith("torchvision."):
+        return f"torchvision.{name}"
+    return f"{module}.{name}"
+
+
+@lru_cache(maxsize=1)
+def _dispatched_names() -> dict[Any, str]:
+    """Functions of ``torch.nn.functional`` whose ``__name__`` is not the name they are called by."""
+    functional = vars(torch.nn.functional).items()
+    return {
+        value: name
+        for name, value in functional
+        if callable(value) and getattr(value, "__name__", name) == "fn"
+    }
+
+
+def _function_name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", None) or type(func).__name__
+    if name == "fn":
+        return _dispatched_names().get(func, name)
+    if name == "__get__":
+        # The getter of a property such as ``Tensor.mT``.
+        return getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def _describe(tensor: torch.Tensor) -> tuple[list[int], str]:
+    try:
+        shape = [int(size) for size in tensor.shape]
+    except RuntimeError:  # a nested tensor has no regular shape
+        shape = []
+    return shape, str(tensor.dtype).removeprefix("torch.")
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # tensor subclasses without storage
+        return 0
+
+
+class _Recorder:
+    """Turns the events of a run into calls of the builder."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.builder = _core.GraphBuilder()
+        self.names = {id(t): name for name, t in model.named_parameters(remove_duplicate=True)}
+        self.names.update((id(t), name) for name, t in model.named_buffers(remove_duplicate=True))
+        # id of a live tensor object -> (the object, the number of its present value)
+        self.values: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self.sharing: dict[int, list[weakref.ref[torch.Tensor]]] = {}
+        self.scopes: list[str] = [""]
+        self.inside_leaf: list[tuple[str, list[tuple[torch.Tensor, int]]]] = []
+        self.unwatched: list[str] = []
+
+    def bind(self, tensor: torch.Tensor, value: int) -> None:
+        reference = weakref.ref(tensor)
+        known = self.values.get(id(tensor))
+        self.values[id(tensor)] = (reference, value)
+        key = _storage_key(tensor)
+        if key and not (known is not None and known[0]() is tensor):
+            group = [r for r in self.sharing.get(key, ()) if r() is not None]
+            group.append(reference)
+            self.sharing[key] = group
+
+    def lookup(self, tensor: torch.Tensor) -> int:
+        known = self.values.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        shape, dtype = _describe(tensor)
+        name = self.names.get(id(tensor))
+        if name is not None:
+            value = self.builder.parameter(name, shape, dtype)
+        else:
+            value = self.builder.constant(shape, dtype)
+            self.unwatched.append(self.scopes[-1])
+        self.bind(tensor, value)
+        return value
+
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[tuple[int, int | None, float | None]]:
+        """The tensors and numbers among the arguments, each with its place."""
+        found: list[tuple[int, int | None, float | None]] = []
+        slot = 0
+
+        def visit(value: Any) -> None:
+            nonlocal slot
+            if isinstance(value, torch.Tensor):
+                found.append((slot, self.lookup(value), None))
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found.append((slot, None, float(value)))
+            elif isinstance(value, list | tuple) and next(tensors_in(value), None) is not None:
+                for item in value:
+                    visit(item)
+                return
+            elif isinstance(value, Mapping) and next(tensors_in(value), None) is not None:
+                for item in value.values():
+                    visit(item)
+                return
+            slot += 1
+
+        for value in args:
+            visit(value)
+        for value in kwargs.values():
+            if next(tensors_in(value), None) is not None:
+                visit(value)
+        return found
+
+    def results(
+        self, outcome: Any, written: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[tuple[list[int], str]]]:
+        """The tensors that have a new value: what came out, what was written to, and what shares its memory."""
+        tensors: dict[int, torch.Tensor] = {}
+        for tensor in tensors_in(outcome):
+            tensors.setdefault(id(tensor), tensor)
+        for tensor in written:
+            tensors.setdefault(id(tensor), tensor)
+            for reference in self.sharing.get(_storage_key(tensor), ()):
+                alias = reference()
+                if alias is not None:
+                    tensors.setdefault(id(alias), alias)
+        listed = list(tensors.values())
+        return listed, [_describe(tensor) for tensor in listed]
+
+    def bind_all(self, tensors: list[torch.Tensor], values: list[int]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            self.bind(tensor, value)
+
+    # Events
+
+    def enter_scope(self, path: str) -> None:
+        self.scopes.append(path)
+
+    def leave_scope(self) -> None:
+        self.scopes.pop()
+
+    def enter_leaf(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        outer = bool(self.inside_leaf)
+        before = [] if outer else [(t, _version(t)) for t in tensors_in((args, dict(kwargs)))]
+        self.inside_leaf.append((path, before))
+
+    def leave_leaf(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcome: Any) -> None:
+        _, before = self.inside_leaf.pop()
+        if self.inside_leaf:
+            return
+        written = [tensor for tensor, version in before if _version(tensor) != version]
+        inputs = self.arguments(args, kwargs)
+        tensors, described = self.results(outcome, written)
+        self.bind_all(tensors, self.builder.call_module(path, inputs, described))
+
+    def function(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        before: list[tuple[torch.Tensor, int]],
+        outcome: Any,
+    ) -> None:
+        written = [tensor for tensor, version in before if _version(tensor) != version]
+        if not written and next(tensors_in(outcome), None) is None:
+            return  # asked for a shape, a number, a flag: no tensor has a new value
+        inputs = self.arguments(args, kwargs)
+        tensors, described = self.results(outcome, written)
+        name, scope = _function_name(func), self.scopes[-1]
+        self.bind_all(
+            tensors, self.builder.call_function(name, scope, inputs, described, bool(written))
+        )
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every torch function that is called outside of the modules that are nodes themselves."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(  # type: ignore[override]
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.recorder.inside_leaf:
+            return func(*args, **kwargs)
+        before = [(tensor, _version(tensor)) for tensor in tensors_in((args, kwargs))]
+        outcome = func(*args, **kwargs)
+        self.recorder.function(func, args, kwargs, before, outcome)
+        return outcome
+
+
+def _is_leaf(module: torch.nn.Module, twin: Twin | None) -> bool:
+    if twin is not None or isinstance(module, torch.jit.ScriptModule):
+        return True
+    containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
+    in_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    return in_torch and not any(True for _ in module.children())
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; each module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def record(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    twin_of: Callable[[str, torch.nn.Module], Twin | None] = lambda path, module: None,
+    class_of: Callable[[torch.nn.Module], type] = type,
+) -> Recording:
+    """Runs ``model(*args, **kwargs)`` once, in evaluation mode and without gradients, and records its graph.
+
+    Args:
+        model: any module; it is left as it was, hooks and modes included.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        twin_of: tells, for a path and its module, the shape of the quantized twin, or None if the module
+            has none. A module with a twin is one node; so is a module of ``torch.nn`` without parts.
+        class_of: the class that a module counts as.
+
+    Returns:
+        The recording.
+    """
+    kwargs = kwargs or {}
+    recorder = _Recorder(model)
+    modules: dict[str, torch.nn.Module] = {}
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    inside: set[int] = set()
+
+    def watch_leaf(path: str, module: torch.nn.Module) -> None:
+        def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recorder.enter_leaf(path, args, kwargs)
+
+        def after(_: torch.nn.Module, args: Any, kwargs: dict[str, Any], outcome: Any) -> None:
+            recorder.leave_leaf(path, args, kwargs, outcome)
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def watch_scope(path: str, module: torch.nn.Module) -> None:
+        def before(_: torch.nn.Module, args: Any) -> None:
+            recorder.enter_scope(path)
+
+        def after(_: torch.nn.Module, args: Any, outcome: Any) -> None:
+            recorder.leave_scope()
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+
+    try:
+        for path, module in model.named_modules():
+            if id(module) in inside:
+                continue
+            twin = twin_of(path, module)
+            if not _is_leaf(module, twin):
+                watch_scope(path, module)
+                continue
+            inside.update(id(part) for part in module.modules())
+            modules[path] = module
+            owned = module.named_parameters(recurse=False)
+            params = [(name, [int(size) for size in param.shape]) for name, param in owned]
+            groups = getattr(module, "groups", 1)
+            shape = twin or Twin(1, 1, False)
+            recorder.builder.module(
+                path,
+                class_key(class_of(module)),
+                params,
+                groups if isinstance(groups, int) else 1,
+                shape.num_inputs,
+                shape.num_outputs,
+                shape.dynamic_inputs,
+                twin is not None,
+            )
+            watch_leaf(path, module)
+        position = -1
+        for position, tensor in enumerate(tensors_in((args, dict(kwargs)))):
+            shape_, dtype = _describe(tensor)
+            recorder.bind(tensor, recorder.builder.input(position, shape_, dtype))
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        with evaluating(model), torch.random.fork_rng(devices=devices), _Watch(recorder):
+            outcome = model(*args, **kwargs)
+        outputs = list(tensors_in(outcome))
+        for index, tensor in enumerate(outputs):
+            recorder.builder.output(recorder.lookup(tensor), index)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording(
+        recorder.builder.finish(), modules, position + 1, len(outputs), recorder.unwatched
+    )

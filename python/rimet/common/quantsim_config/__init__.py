@@ -1,0 +1,1 @@
+"""Quantsim configurations: which quantizers a target has."""
