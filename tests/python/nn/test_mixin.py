@@ -8,14 +8,13 @@ import threading
 from typing import Any
 
 import pytest
+import rimet.nn as rnn
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import rimet.nn as rnn
 from rimet.nn import QuantizationMixin, UnknownModuleError, custom, reuse_quantized_params
 from rimet.nn.reuse import _blocks
 from rimet.quantization.affine import Quantize, QuantizeDequantize
+from torch import Tensor, nn
 
 
 def affine(shape: tuple[int, ...] = (), bitwidth: int = 4, symmetric: bool = False) -> Any:
@@ -90,7 +89,7 @@ def registry() -> Any:
     QuantizationMixin.ignore_unknown_modules(False)
 
 
-# -- calibration ---------------------------------------------------------------------------------------------------------
+# -- calibration -----------------------------------------------------------------------------------
 
 
 def test_calibration_passes_activations_and_quantizes_parameters() -> None:
@@ -162,7 +161,7 @@ def test_exception_while_calibrating_leaves_ranges_alone() -> None:
         assert torch.equal(before[name], linear.state_dict()[name])
 
 
-# -- parameters ----------------------------------------------------------------------------------------------------------
+# -- parameters ------------------------------------------------------------------------------------
 
 
 def test_fold() -> None:
@@ -226,7 +225,7 @@ def test_removal_of_quantizers() -> None:
     assert present() == [True, False, True]
 
 
-# -- encodings -----------------------------------------------------------------------------------------------------------
+# -- encodings -------------------------------------------------------------------------------------
 
 
 def test_encodings_round_trip() -> None:
@@ -275,7 +274,7 @@ def test_import_refuses_or_removes() -> None:
     assert source.param_quantizers["weight"] is not None
 
 
-# -- user classes --------------------------------------------------------------------------------------------------------
+# -- user classes ----------------------------------------------------------------------------------
 
 
 def expected_scale(twin: Any, x: Tensor) -> Tensor:
@@ -401,7 +400,7 @@ def test_forward_set_on_the_instance_is_reported() -> None:
         QuantizationMixin.from_module(relu)
 
 
-# -- what stands in slots, and what is quantized ---------------------------------------------------------------------------
+# -- what stands in slots, and what is quantized ---------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["input_quantizers", "output_quantizers", "param_quantizers"])
@@ -480,7 +479,7 @@ def test_masked_fill_leaves_its_input_alone() -> None:
     assert not (x == 5.0).any()
 
 
-# -- kernels -------------------------------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 def test_kernels() -> None:
@@ -524,7 +523,10 @@ def test_kernels() -> None:
     ("twin", "inputs"),
     [
         (rnn.QuantizedReLU(), (torch.randn(3),)),
-        (rnn.QuantizedConv2d(2, 3, 3, padding=1, padding_mode="reflect"), (torch.randn(1, 2, 4, 4),)),
+        (
+            rnn.QuantizedConv2d(2, 3, 3, padding=1, padding_mode="reflect"),
+            (torch.randn(1, 2, 4, 4),),
+        ),
         (rnn.QuantizedLSTM(3, 4), (torch.randn(5, 2, 3),)),
         (rnn.QuantizedGRUCell(3, 4), (torch.randn(2, 3),)),
         (rnn.QuantizedBatchNorm1d(4), (torch.randn(3, 4),)),
@@ -559,17 +561,23 @@ def test_kernel_takes_the_place_of_the_function(twin: Any, inputs: Any) -> None:
     output = twin(*inputs)
     assert len(calls) == 1
     for a, b in zip(
-        torch.utils._pytree.tree_leaves(output), torch.utils._pytree.tree_leaves(expected), strict=True
+        torch.utils._pytree.tree_leaves(output),
+        torch.utils._pytree.tree_leaves(expected),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
 
-# -- threads -------------------------------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 def test_threads_share_a_module(registry: Any) -> None:
     """Neither way of putting quantized parameters in place shows in other threads, or stays."""
-    modules = [QuantizationMixin.wrap(Scale)(64), rnn.QuantizedPReLU(64), rnn.QuantizedBatchNorm1d(64)]
+    modules = [
+        QuantizationMixin.wrap(Scale)(64),
+        rnn.QuantizedPReLU(64),
+        rnn.QuantizedBatchNorm1d(64),
+    ]
 
     @QuantizationMixin.implements(Failing)
     class Patching(QuantizationMixin, Scale):
@@ -604,7 +612,7 @@ def test_threads_share_a_module(registry: Any) -> None:
     assert not errors
 
 
-# -- reuse ---------------------------------------------------------------------------------------------------------------
+# -- reuse -----------------------------------------------------------------------------------------
 
 
 class Counting(QuantizeDequantize):
@@ -684,11 +692,12 @@ def test_reuse_ends_with_exceptions_and_wants_a_module() -> None:
     with pytest.raises(ZeroDivisionError), reuse_quantized_params(linear):
         raise ZeroDivisionError
     assert not _blocks.entries
-    with pytest.raises(TypeError, match="model"), reuse_quantized_params(3):  # type: ignore[arg-type]
+    not_a_module: Any = 3
+    with pytest.raises(TypeError, match="model"), reuse_quantized_params(not_a_module):
         pass
 
 
-# -- compilers -----------------------------------------------------------------------------------------------------------
+# -- compilers -------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
