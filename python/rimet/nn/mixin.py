@@ -52,8 +52,8 @@ class QuantizationMixinMeta(ABCMeta):
                 and not issubclass(b, BaseQuantizationMixin)
             )
             cls.forward = build_forward(base)  # type: ignore[attr-defined]
-            abstract: frozenset[str] = cls.__abstractmethods__
-            cls.__abstractmethods__ = abstract - {"forward"}
+            made: Any = cls
+            made.__abstractmethods__ = made.__abstractmethods__ - {"forward"}
         return cls
 
 

@@ -129,7 +129,7 @@ def _setstate(self: Any, state: Mapping[str, Any]) -> None:
 
 
 def _as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask as what is added to the scores: of boolean ones, minus infinity where they are true."""
+    """A mask as what is added to the scores; boolean ones are minus infinity where true."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))

@@ -1,4 +1,4 @@
-"""The table of quantized twins: one row per module class, from which its quantized class is made."""
+"""The table of quantized twins: a row per module class, from which its quantized class is made."""
 
 from __future__ import annotations
 
