@@ -53,7 +53,8 @@ def compute_encodings(model: nn.Module) -> Iterator[None]:
     ranges.
 
     Parameter quantizers are calibrated on entry from their parameters and quantize from then on.
-    Values pass input and output quantizers of quantized modules unquantized. Quantizers that stand in the model by themselves take part.
+    Values pass input and output quantizers of quantized modules unquantized. Quantizers that stand
+    in the model by themselves take part.
 
     :param model: model with quantized modules or quantizers
 
