@@ -64,19 +64,19 @@ def compute_encodings(model: nn.Module) -> Iterator[None]:
             for batch in data:
                 model(batch)
     """
-    in_slots: set[int] = set()
-    activation_quantizers: dict[int, Any] = {}
     compute_param_encodings(model)
+    in_slots: dict[int, Any] = {}
+    of_params: set[int] = set()
     for module in model.modules():
         if isinstance(module, BaseQuantizationMixin):
-            in_slots.update(id(q) for q in module.param_quantizers.modules())
-            activation_quantizers.update((id(q), q) for q in module._activation_quantizers())
-    for module in model.modules():
-        if isinstance(module, QuantizerBase) and id(module) not in in_slots:
-            activation_quantizers.setdefault(id(module), module)
+            of_params.update(id(q) for q in module.param_quantizers.modules())
+            in_slots.update((id(q), q) for q in module._activation_quantizers())
     with contextlib.ExitStack() as stack:
-        for quantizer in activation_quantizers.values():
-            stack.enter_context(quantizer.compute_encodings())
+        for quantizer in in_slots.values():
+            stack.enter_context(quantizer._calibrate(pass_through=True))
+        for module in model.modules():
+            if isinstance(module, QuantizerBase) and id(module) not in of_params:
+                stack.enter_context(module.compute_encodings())  # nothing new for those in slots
         yield
 
 

@@ -23,7 +23,8 @@ from rimet.nn.slots import (
     values_of_bins,
     wrong_slot,
 )
-from rimet.quantization.affine import Quantize
+from rimet.quantization.affine import Quantize, QuantizeDequantize
+from rimet.quantization.float import FloatQuantizeDequantize
 
 __all__ = ["BaseQuantizationMixin", "UnknownModuleError"]
 
@@ -255,7 +256,7 @@ class BaseQuantizationMixin(abc.ABC):
         self.compute_param_encodings()
         with contextlib.ExitStack() as stack:
             for quantizer in self._activation_quantizers():
-                stack.enter_context(quantizer.compute_encodings())
+                stack.enter_context(quantizer._calibrate(pass_through=True))
             yield
 
     def _activation_quantizers(self) -> Iterator[Any]:
@@ -377,6 +378,87 @@ class BaseQuantizationMixin(abc.ABC):
             module._modules.pop(container, None)
         module.__dict__.pop("_instance_kernel", None)
         return module
+
+    # -- four-bit floating-point weights -----------------------------------------------------------
+
+    def set_weight_quantizer_to_mxfp4_int8(self, block_size: int = 32) -> None:
+        """Round the weight to MXFP4, and give it a per-channel 8-bit quantizer.
+
+        MXFP4: e2m1 values times a power of two per block, ``2^floor(log2(max|w| / 4))``. A module
+        without weight or without a slot for it is left as it is.
+
+        :param block_size: input channels that share a scale; the number of them is a multiple
+        :raises RuntimeError: the module is no ``Linear`` or ``Conv``, or the blocks do not fit
+
+        Source: OCP Microscaling Formats (MX) specification 1.0, section 6.3.
+        """
+        weight = self._weight_for_fp4("MXFP4", block_size)
+        if weight is None:
+            return
+        blocks = weight.detach().to(torch.float32).unflatten(1, (-1, block_size))
+        largest = blocks.abs().amax(dim=2)
+        exponent = torch.floor(torch.log2(torch.where(largest > 0, largest, 4.0) / 4))
+        self._set_fp4_weight(weight, torch.exp2(exponent), block_size)
+
+    def set_weight_quantizer_to_nvfp4_int8(
+        self, scale_q: Tensor, meta_scale: Tensor | float
+    ) -> None:
+        """Round the weight to NVFP4, and give it a per-channel 8-bit quantizer.
+
+        NVFP4: e2m1 values times ``meta_scale * scale_q``, with a ``scale_q`` for each 16 input
+        channels. A module without weight or without a slot for it is left as it is.
+
+        :param scale_q: scales, float8 e4m3, ``[out_channels, in_channels / 16, 1...]``
+        :param meta_scale: one factor for all of them
+        :raises RuntimeError: the module is no ``Linear`` or ``Conv``, or shapes or dtype do not fit
+        """
+        weight = self._weight_for_fp4("NVFP4", 16)
+        if weight is None:
+            return
+        if scale_q.dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+            raise RuntimeError(f"NVFP4: scale_q: expected dtype float8 e4m3, got {scale_q.dtype}")
+        shape = (weight.shape[0], weight.shape[1] // 16, *weight.shape[2:])
+        if tuple(scale_q.shape) != shape:
+            raise RuntimeError(
+                f"NVFP4: scale_q: expected shape {shape}, got {tuple(scale_q.shape)}"
+            )
+        factor = torch.as_tensor(meta_scale, dtype=torch.float32, device=weight.device)
+        if factor.dim():
+            raise RuntimeError(
+                f"NVFP4: meta_scale: expected one number, got shape {tuple(factor.shape)}"
+            )
+        self._set_fp4_weight(weight, factor * scale_q.to(weight.device, torch.float32), 16)
+
+    def _weight_for_fp4(self, form: str, block_size: int) -> Tensor | None:
+        weight = self._parameters.get("weight")
+        if weight is None or "weight" not in self.param_quantizers:
+            return None
+        if not isinstance(self, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            raise RuntimeError(
+                f"{form}: expected Linear, Conv1d, Conv2d or Conv3d, got {type(self).__name__}"
+            )
+        if block_size < 1 or weight.shape[1] % block_size:
+            raise RuntimeError(
+                f"{form}: block_size: expected a divisor of the {weight.shape[1]} input channels, "
+                f"got {block_size}"
+            )
+        plain_weight: Tensor = plain(weight)
+        return plain_weight
+
+    @torch.no_grad()
+    def _set_fp4_weight(self, weight: Tensor, scale: Tensor, block_size: int) -> None:
+        reuse.forget(self)
+        rest = (1,) * (weight.dim() - 2)
+        fp4 = FloatQuantizeDequantize(
+            2, 1, finite=True, shape=tuple(scale.shape), block_size=(1, block_size, *rest)
+        ).to(weight.device)
+        fp4.maxval = 6 * scale  # the greatest e2m1 value
+        rounded = fp4(weight)
+        requires_grad = self._parameters["weight"].requires_grad
+        self._parameters["weight"] = nn.Parameter(rounded, requires_grad=requires_grad)
+        self.param_quantizers["weight"] = QuantizeDequantize(
+            (weight.shape[0], 1, *rest), qmin=-128, qmax=127, symmetric=True
+        ).to(weight.device)
 
     # -- removal -----------------------------------------------------------------------------------
 

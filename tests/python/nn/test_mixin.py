@@ -194,6 +194,59 @@ def test_weight_norm() -> None:
     assert torch.equal(twin(x), linear(x))
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def nearest_fp4(weight: Tensor, scale: Tensor) -> Tensor:
+    grid = torch.cat((-E2M1.flip(0), E2M1))
+    distance = (weight[..., None] / scale[..., None] - grid).abs()
+    return grid[distance.argmin(-1)] * scale
+
+
+@pytest.mark.parametrize("spatial", [(), (3,), (3, 2)])
+def test_mxfp4(spatial: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    cls = (rnn.QuantizedLinear, rnn.QuantizedConv1d, rnn.QuantizedConv2d)[len(spatial)]
+    module = cls(8, 5, *([spatial] if spatial else []))
+    with torch.no_grad():
+        module.weight[0, :4] = 0
+    weight = module.weight.detach().clone()
+    largest = weight.unflatten(1, (2, 4)).abs().amax(2)
+    scale = torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-9) / 4)))
+    scale[largest == 0] = 1
+    module.set_weight_quantizer_to_mxfp4_int8(block_size=4)
+    expected = nearest_fp4(weight, scale.repeat_interleave(4, 1))
+    torch.testing.assert_close(module.weight.as_subclass(Tensor).detach(), expected)
+    quantizer = module.param_quantizers["weight"]
+    assert (quantizer.qmin, quantizer.qmax, quantizer.symmetric) == (-128, 127, True)
+    assert quantizer.shape == (5, 1, *(1 for _ in spatial))
+    x = torch.randn(2, 8, *(4 for _ in spatial))
+    module(x).sum().backward()
+    assert module.weight.grad is not None
+    with pytest.raises(RuntimeError, match="block_size"):
+        module.set_weight_quantizer_to_mxfp4_int8(3)
+    with pytest.raises(RuntimeError, match="expected Linear"):
+        rnn.QuantizedEmbedding(4, 32).set_weight_quantizer_to_mxfp4_int8()
+    rnn.QuantizedReLU().set_weight_quantizer_to_mxfp4_int8()
+
+
+def test_nvfp4() -> None:
+    torch.manual_seed(0)
+    module = rnn.QuantizedLinear(32, 3)
+    weight = module.weight.detach().clone()
+    scale_q = (torch.rand(3, 2) + 0.5).to(torch.float8_e4m3fn)
+    module.set_weight_quantizer_to_nvfp4_int8(scale_q, 0.05)
+    scale = (scale_q.float() * 0.05).repeat_interleave(16, 1)
+    torch.testing.assert_close(
+        module.weight.as_subclass(Tensor).detach(), nearest_fp4(weight, scale)
+    )
+    for bad in (scale_q.float(), scale_q[:, :1]):
+        with pytest.raises(RuntimeError, match="scale_q"):
+            module.set_weight_quantizer_to_nvfp4_int8(bad, 0.05)
+    with pytest.raises(RuntimeError, match="meta_scale"):
+        module.set_weight_quantizer_to_nvfp4_int8(scale_q, torch.ones(2))
+
+
 def test_removal_of_quantizers() -> None:
     linear = quantized_linear()
     quantizers = [
@@ -325,6 +378,12 @@ def test_implements_with_own_forward(registry: Any) -> None:
     assert seen[0] is not twin.scale and isinstance(twin.scale, nn.Parameter)
     output.as_subclass(Tensor).sum().backward()
     assert twin.scale.grad is not None and twin.scale.grad.abs().sum() > 0
+    for calibration in (twin.compute_encodings(), rnn.compute_encodings(twin)):
+        with torch.no_grad(), calibration:
+            # Own forward methods call the quantizers, and these give back what they got.
+            assert torch.equal(
+                twin(x), x * seen[-1] + twin.param_quantizers["shift"]._forward_tensor(twin.shift)
+            )
 
 
 def test_patch_is_undone_by_exceptions(registry: Any) -> None:
