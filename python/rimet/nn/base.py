@@ -112,7 +112,9 @@ class UnknownModuleError(RuntimeError):
         return "\n".join(lines)
 
 
-class BaseQuantizationMixin(abc.ABC):
+# By metaclass, not by inheriting from abc.ABC: nothing must stand between the mixin and `object`, or
+# FSDP2, which replaces the class of a module, finds another object layout.
+class BaseQuantizationMixin(metaclass=abc.ABCMeta):
     """Adds quantizers for inputs, outputs and parameters to an ``nn.Module`` class.
 
     To be inherited from before the module class. All slots are ``None`` at first: without

@@ -881,3 +881,44 @@ def test_data_parallel_replicas() -> None:
                 replica._parameters.pop(key, None)
                 setattr(replica, key, param * 1)
     assert torch.equal(replica_children[""](x), net(x))
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Any:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_data_parallel_training(process_group: Any, kind: str) -> None:
+    """The wrappers in one process: hooks, replaced classes, sharded parameters."""
+    net, x = quantized_net().train(), torch.randn(4, 3, 6, 6)
+    expected = net(x)
+    other: Any = copy.deepcopy(net)
+    expected.square().sum().backward()
+    if kind == "ddp":
+        parallel = nn.parallel.DistributedDataParallel(other)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (1,))
+        ranges = {
+            p for m in other.modules() if isinstance(m, QuantizeDequantize) for p in m.parameters()
+        }
+        for child in other.children():
+            if any(p not in ranges for p in child.parameters()):
+                fully_shard(child, mesh=mesh, ignored_params=ranges)
+        parallel = fully_shard(other, mesh=mesh, ignored_params=ranges)
+    output = parallel(x)
+    assert torch.equal(output, expected.detach())
+    output.square().sum().backward()
+    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            grad = q.grad.full_tensor() if hasattr(q.grad, "full_tensor") else q.grad
+            torch.testing.assert_close(grad, p.grad)
