@@ -112,8 +112,8 @@ class UnknownModuleError(RuntimeError):
         return "\n".join(lines)
 
 
-# By metaclass, not by inheriting from abc.ABC: nothing must stand between the mixin and `object`, or
-# FSDP2, which replaces the class of a module, finds another object layout.
+# By metaclass, not by inheriting from abc.ABC: with anything between the mixin and `object`, FSDP2,
+# which replaces the class of a module, finds another object layout.
 class BaseQuantizationMixin(metaclass=abc.ABCMeta):
     """Adds quantizers for inputs, outputs and parameters to an ``nn.Module`` class.
 
