@@ -168,7 +168,7 @@ class QuantizerBase(ABC, nn.Module):
         self._initial_values.pop(name, None)
         if param is not None:
             values = param.detach()
-            # NaN needs no copy: it is recognized by itself. A tensor without values has none to keep.
+            # NaN needs no copy, it is recognized by itself; a meta tensor has no values to keep.
             known = values.is_meta or bool(values.isnan().all())
             self._initial_values[name] = None if known else values.clone()
             self._is_overwrite_allowed.setdefault(name, True)
