@@ -139,7 +139,9 @@ def run_elsewhere(script: Path, tensors: Path, *, rust: bool) -> dict[str, bool]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: for tests")
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds instead of minutes: for tests"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the files")
     parser.add_argument("--no-rust", action="store_true", help="leave out the Rust program")
     arguments = parser.parse_args()

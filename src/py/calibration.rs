@@ -31,6 +31,12 @@ impl PyHistogramStatistics {
         self.0.groups().len()
     }
 
+    /// Number of bins over the range of a batch.
+    #[getter]
+    fn num_bins(&self) -> u32 {
+        self.0.bins()
+    }
+
     fn __copy__(&self) -> Self {
         self.clone()
     }

@@ -197,3 +197,25 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
     return model
+
+
+def forbid_fast_paths(model: nn.Module) -> None:
+    """Keeps torch's fused encoder layer from computing around the quantized modules inside of it.
+
+    ``nn.TransformerEncoderLayer`` hands its parts' weights to one fused kernel in evaluation mode without gradients,
+    unless its activation is none that the kernel knows.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
+def allow_fast_paths(model: nn.Module) -> None:
+    """Takes :func:`forbid_fast_paths` back."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            activation = module.activation
+            if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
+                module.activation_relu_or_gelu = 1
+            elif activation is nn.functional.gelu or isinstance(activation, nn.GELU):
+                module.activation_relu_or_gelu = 2

@@ -204,6 +204,7 @@ class QuantizationSimModel:
         # Nothing fails from here on, so that an error leaves the model as it was.
         replacements = {id(recording.modules[path]): twin for path, twin in twins.items()}
         self.model = _placing.replace_modules(model, replacements)
+        _placing.forbid_fast_paths(self.model)
         for reused in plan["reused"]:
             logger.warning(
                 "%s runs more than once and holds no parameters: it gets no quantizers, since one range "
@@ -584,7 +585,9 @@ class QuantizationSimModel:
                     plain = parameter.data.as_subclass(torch.Tensor)
                     setattr(module, name, nn.Parameter(plain, parameter.requires_grad))
             replacements[id(module)] = module.get_original_module()
-        return _placing.replace_modules(model, replacements)
+        model = _placing.replace_modules(model, replacements)
+        _placing.allow_fast_paths(model)
+        return model
 
     def export(
         self,
@@ -715,7 +718,7 @@ def _version() -> str:
 
 
 def compute_encodings_for_sims(
-    sims: Sequence[QuantizationSimModel],
+    sim_list: Sequence[QuantizationSimModel],
     forward_pass_callback: Callable[..., Any],
     forward_pass_callback_args: Any = _NOT_SPECIFIED,
 ) -> None:
@@ -728,9 +731,9 @@ def compute_encodings_for_sims(
     """
     args = () if forward_pass_callback_args is _NOT_SPECIFIED else (forward_pass_callback_args,)
     with contextlib.ExitStack() as stack:
-        for sim in sims:
+        for sim in sim_list:
             stack.enter_context(sim._calibrating())
-        forward_pass_callback([sim.model for sim in sims], *args)
+        forward_pass_callback([sim.model for sim in sim_list], *args)
 
 
 def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, pytorch_encoding_path: str) -> None:

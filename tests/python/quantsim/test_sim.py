@@ -365,6 +365,23 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
     assert all("same" in output for output in outputs), "\n".join(outputs)
 
 
+def test_the_fused_encoder_layer_does_not_bypass_the_quantizers() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    x = wave((2, 3, 8), 0.3, 1.0)
+    sim = QuantizationSimModel(model, x, default_param_bw=4)
+    sim.compute_encodings(lambda m: m(x))
+    sim.exclude_layers_from_quantization([sim.model.layers[0].self_attn])
+    with torch.no_grad():
+        fused, quantized = model(x), sim.model(x)
+    torch.testing.assert_close(quantized, sim.model(x).detach())  # gradients switch the fused layer off
+    assert (fused - quantized).abs().max() > 0.01
+    plain = QuantizationSimModel.get_original_model(sim.model)
+    assert plain.layers[0].activation_relu_or_gelu == 1
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), fused)
+
+
 # Files
 
 
