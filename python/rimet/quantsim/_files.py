@@ -58,7 +58,8 @@ def encoding_dict(encoding: EncodingBase) -> dict[str, Any]:
             "offset": encoding.offset.detach().flatten().double().tolist(),
             "block_size": None if encoding.block_size is None else list(encoding.block_size),
         }
-        if getattr(encoding, "block_grouping", None) is not None:
+        grouping = getattr(encoding, "block_grouping", None)
+        if grouping is not None and any(size != 1 for size in grouping):
             grouped: Any = encoding
             plain["grouped"] = (
                 int(grouped.bitwidth),
