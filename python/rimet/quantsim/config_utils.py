@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rimet.nn import BaseQuantizationMixin
 from rimet.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
 from rimet.quantization.encoding_analyzer import MinMaxEncodingAnalyzer
 from rimet.quantsim.quantsim import QuantizationSimModel
@@ -49,7 +48,7 @@ Selection = (
 
 def _selected(
     sim: QuantizationSimModel, arg: Selection
-) -> Iterator[tuple[str, BaseQuantizationMixin]]:
+) -> Iterator[tuple[str, Any]]:
     """Quantized modules that a list of types, a list of modules or a predicate means."""
     if isinstance(arg, nn.Module | type):
         arg = [arg]  # type: ignore[assignment]
@@ -76,7 +75,7 @@ def _selected(
                 "arg: expected a list of module types or a list of modules, got a mixture"
             )
     elif callable(arg):
-        condition = arg
+        condition = arg  # type: ignore[assignment]
     else:
         raise RuntimeError(
             "arg: expected a list of module types, a list of modules or a function of a module, "
@@ -111,7 +110,7 @@ def _blocked_weights(
     # A predicate says what it does not mind; modules and types were named on purpose.
     named = isinstance(arg, Sequence | nn.Module | type)
     for path, module in _selected(sim, arg):
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         unsuitable = None
         if weight is None or "weight" not in module.param_quantizers:
             unsuitable = "has no weight"

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from rimet.quantization.affine import GroupedBlockQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel
 from rimet.quantsim.config_utils import (
@@ -15,6 +13,7 @@ from rimet.quantsim.config_utils import (
     set_blockwise_quantization_for_weights,
     set_grouped_blockwise_quantization_for_weights,
 )
+from torch import nn
 
 
 def simulation() -> tuple[QuantizationSimModel, torch.Tensor]:
