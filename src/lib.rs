@@ -6,10 +6,13 @@
 //! - [`error`], [`encoding`]: value types (grids, block geometry).
 //! - [`kernels`]: CPU kernels with run-time dispatch over instruction sets, and the C boundary.
 //! - [`ops`]: the ops over [`tch::Tensor`], through torch's dispatcher.
+//! - [`calibration`]: encoding analyzers.
 //! - [`nn`]: quantizers and quantized layers for programs written with [`tch`].
+//! - [`calibration`]: encoding analyzers: histograms, percentile, SQNR and MSE searches.
 //! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.
 //! - [`export`]: encodings files.
 
+pub mod calibration;
 pub mod encoding;
 pub mod error;
 pub mod export;

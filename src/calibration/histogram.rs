@@ -76,7 +76,7 @@ impl GroupHistogram {
     }
 
     /// Left edge of bin `i`.
-    pub(super) fn edge(&self, i: i32, bins: u32) -> f32 {
+    pub fn edge(&self, i: i32, bins: u32) -> f32 {
         match self.bins {
             Bins::Equal { low, high } => {
                 let step = (high - low) / bins as f32;

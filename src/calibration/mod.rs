@@ -16,6 +16,7 @@ pub mod mse;
 pub mod percentile;
 mod simd;
 pub mod sqnr;
+mod tensor;
 mod walk;
 
 pub use histogram::{Bins, GroupHistogram, HistogramStatistics};
@@ -23,6 +24,7 @@ pub use min_max::{fit_range, fit_range_min_max, MinMax};
 pub use mse::MseSearch;
 pub use percentile::Percentile;
 pub use sqnr::SqnrSearch;
+pub use tensor::with_values;
 
 use crate::encoding::BlockGeometry;
 use crate::error::{Error, Result};

@@ -22,6 +22,7 @@ from rimet.quantization.affine import (
     ScaleOffsetQuantizer,
 )
 from rimet.quantization.encoding_analyzer import MinMaxEncodingAnalyzer
+from rimet.quantization.float import FloatQuantizeDequantize
 
 ALL = (Quantize, QuantizeDequantize, Dequantize)
 
@@ -220,6 +221,20 @@ def test_calibrating_call_quantizes_with_its_own_range() -> None:
     scale = 60 / 255
     assert y.encoding.scale.item() == pytest.approx(scale)
     assert (y - x).abs().max() <= scale / 2 + 1e-5
+
+
+def test_calibration_of_a_model_passes_data_through() -> None:
+    """What `rimet.nn` uses, so that layers written by users see unquantized data too."""
+    x = torch.randn(50)
+    for quantizer in (
+        Quantize((), 4, True),
+        FloatQuantizeDequantize(exponent_bits=2, mantissa_bits=1),
+    ):
+        with quantizer._calibrate(pass_through=True):
+            assert quantizer(x) is x and quantizer._forward_tensor(x) is x
+        assert quantizer(x) is not x and quantizer.is_initialized()
+        with quantizer.compute_encodings():
+            assert quantizer(x) is not x
 
 
 def test_nothing_changes_without_data_or_after_an_exception() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,18 +39,21 @@ def check_block_size(
     return block
 
 
+_signature = functools.lru_cache(inspect.signature)
+
+
 def bind_grid_arguments(
     name: str, forms: Sequence[Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Bind arguments to the first form (an overload's signature) that takes them.
 
-    The two forms of a grid are told apart by their second argument from the left that is no int: in
-    ``(qmin, qmax, symmetric)`` it comes third, in ``(bitwidth, symmetric)`` second.
+    Arguments annotated ``int`` or ``bool`` have to be that, which tells ``(qmin, qmax, symmetric)``
+    from ``(bitwidth, symmetric)``.
 
     :raises TypeError: no form fits; the message lists the forms
     """
     for form in forms:
-        signature = inspect.signature(form)
+        signature = _signature(form)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:

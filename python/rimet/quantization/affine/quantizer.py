@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
@@ -306,7 +307,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         for name, param, value in (("min", self.min, low), ("max", self.max, high)):
             if self._is_overwrite_allowed[name]:
                 param.copy_(value.reshape(param.shape))
-        self._ready = False
+        # Data with NaN gives a range of NaN, which then is the result and not a lack of one.
+        self._ready = all(self._is_overwrite_allowed[name] for name in ("min", "max"))
 
     def _dynamic_range(self, input: torch.Tensor, stats: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.encoding_analyzer is not None
@@ -318,15 +320,15 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         )
         return low.reshape(self.shape), high.reshape(self.shape)
 
+    @abstractmethod
     def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The quantizer's map for a given range."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> QuantizedTensorBase:
         """A fresh plain tensor as one that knows its encoding."""
-        raise NotImplementedError
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(min, max)``, initialized."""
@@ -361,12 +363,15 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         :raises RuntimeError: no range has been set yet, or the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
-        if isinstance(input, QuantizedTensorBase):
-            input = input.as_subclass(torch.Tensor)
         if self._calibrating:
+            if self._pass_through:
+                return self._forward_tensor(input)
+            input = _as_plain(input)
             low, high = self._dynamic_range(input, self._observe(input))
         else:
             low, high = self._range()
+            if isinstance(input, QuantizedTensorBase):
+                input = input.as_subclass(torch.Tensor)
         output = self._kernel(input, low, high)
         if _is_compiling() or _is_tracing() is not None:
             return output
@@ -399,7 +404,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         """
         if not isinstance(encodings, AffineEncoding):
             raise TypeError(f"encodings: expected an AffineEncoding, got {encodings!r}")
-        quantizer = cls(
+        quantizer = cls(  # type: ignore[abstract]
             tuple(encodings.scale.shape),
             encodings.qmin,
             encodings.qmax,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
@@ -74,8 +73,19 @@ class EncodingBase(ABC):
     def _map_tensors(self, function: Any) -> None:
         """Replace each tensor of this (fresh) object by ``function`` of it."""
 
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        # The producing quantizer is a reference, no part of the value; so is an autograd history.
+        def duplicate(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+
+        return self._mapped(duplicate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self._detach().__dict__, "producer": None}
+
     def _mapped(self: _Self, function: Any) -> _Self:
-        new = copy.copy(self)
+        new: _Self = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
         new._map_tensors(function)
         return new
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def _is_opaque(param: torch.Tensor) -> bool:
     return param.is_meta or torch.compiler.is_compiling() or type(param.data) is not torch.Tensor
 
 
-class QuantizerBase(nn.Module):
+class QuantizerBase(ABC, nn.Module):
     """A module that maps a tensor onto a quantization grid.
 
     Called in plain eager mode it returns a tensor that knows its encoding
@@ -41,7 +41,7 @@ class QuantizerBase(nn.Module):
     Under ``torch.jit.trace``, ``torch.compile`` and ``torch.export`` it returns a
     plain tensor.
 
-    Quantization parameters start as NaN, which no calibration yields: a parameter that still holds
+    Quantization parameters start as NaN, which no finite data yields: a parameter that still holds
     what it was registered with has not been initialized. That is a property of the values, so it
     survives copying, pickling, moving and in-place writes of any kind.
     """
@@ -53,11 +53,14 @@ class QuantizerBase(nn.Module):
     _ready: bool
     # True within `compute_encodings()`.
     _calibrating: bool
+    # Whether a call gives its input back while calibrating.
+    _pass_through: bool
 
     def __init__(self) -> None:
         super().__init__()
         self._ready = False
         self._calibrating = False
+        self._pass_through = False
         self._initial_values: dict[str, torch.Tensor | None] = {}
         self._is_overwrite_allowed: dict[str, bool] = {}
 
@@ -84,21 +87,29 @@ class QuantizerBase(nn.Module):
 
     # -- calibration -------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def compute_encodings(self) -> Iterator[None]:
-        """Within this context, observe every input; on leaving it, set the range from all that was
-        seen.
+    def compute_encodings(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context, observe every input; on leaving it, set the range from all of them.
 
         Meanwhile a call quantizes with the range of its own input alone. Nothing changes if no data
         came, or if the block is left by an exception. If :meth:`allow_overwrite` forbids all
         changes, nothing is observed. A context inside another one of the same quantizer leaves
         everything to the outer one.
         """
+        return self._calibrate(pass_through=False)
+
+    @contextlib.contextmanager
+    def _calibrate(self, pass_through: bool) -> Iterator[None]:
+        """:meth:`compute_encodings`, with a choice of what calls give meanwhile.
+
+        :param pass_through: the input as it is, so that calibrating one quantizer of a model does
+            not change what the next one sees
+        """
         if self._calibrating or self.encoding_analyzer is None or not self.is_overwrite_allowed():
             yield
             return
         self.encoding_analyzer.reset_stats()
         self._calibrating = True
+        self._pass_through = pass_through
         try:
             yield
             self._apply_statistics()
@@ -267,7 +278,7 @@ class QuantizerBase(nn.Module):
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Per parameter, whether it is initialized."""
         return {
-            name: torch.tensor(self._is_parameter_initialized(name, param))
+            name: torch.tensor(self._ready or self._is_parameter_initialized(name, param))
             for name, param in self._parameters.items()
             if param is not None
         }

@@ -235,6 +235,8 @@ class FloatQuantizeDequantize(QuantizerBase):
         :raises RuntimeError: the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
+        if self._calibrating and self._pass_through:
+            return self._forward_tensor(input)
         input = self._check_input(input)
         maxval = self.maxval
         if self._calibrating:
