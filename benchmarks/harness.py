@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,9 @@ class Timing:
     median: float
     low: float
     high: float
+    #: Fastest single sample: what the machine can do when nobody disturbs it.
+    fastest: float
+    #: Median of each run.
     runs: list[float] = field(default_factory=list)
 
     @property
@@ -144,6 +148,7 @@ def measure(row: Row, size: Size, peer: Peer | None) -> dict[str, Timing]:
         inner[name] = 1 if size.toy else max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
 
     medians: dict[str, list[tuple[float, float, float]]] = {name: [] for name, _ in samplers}
+    fastest = {name: math.inf for name, _ in samplers}
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -154,6 +159,7 @@ def measure(row: Row, size: Size, peer: Peer | None) -> dict[str, Timing]:
                     samples[name].append(sample(inner[name]))
             for name, values in samples.items():
                 medians[name].append(quartiles(values))
+                fastest[name] = min(fastest[name], *values)
     finally:
         if enabled:
             gc.enable()
@@ -164,7 +170,8 @@ def measure(row: Row, size: Size, peer: Peer | None) -> dict[str, Timing]:
     timings = {}
     for name, found in medians.items():
         low, median, high = min(found, key=lambda entry: entry[1])
-        timings[name] = Timing(median, low, high, [entry[1] for entry in found])
+        runs = [entry[1] for entry in found]
+        timings[name] = Timing(median, low, high, fastest[name], runs)
     return timings
 
 
@@ -209,6 +216,28 @@ def cpu_name() -> str:
     except OSError:
         pass
     return "unknown"
+
+
+def load() -> float:
+    """Average number of runnable processes over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
+#: glibc hands large blocks back to the system when they are freed, so that every result of some
+#: 20 MB is paged in anew: thousands of page faults, more than the kernel takes. A program that has
+#: run for a while reuses its memory, and so do all contestants here.
+KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+
+
+def keep_memory() -> None:
+    """Start this program again with an allocator that keeps its memory, unless it does already."""
+    if any(name not in os.environ for name in KEEP_MEMORY):
+        os.environ.update(KEEP_MEMORY)
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def cpu_count() -> int:

@@ -35,6 +35,8 @@ from benchmarks.harness import (  # noqa: E402
     cpu_count,
     cpu_flags,
     cpu_name,
+    keep_memory,
+    load,
     measure,
 )
 from benchmarks.peer import AimetPeer, find_python  # noqa: E402
@@ -60,6 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if arguments is None:
+        keep_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     size = Size(
@@ -69,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         largest=int(options.largest),
     )
     about = describe()
+    about_cpus = cpu_count()
     versions = own_versions()
     print(f"{about['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     with ExitStack() as stack:
@@ -82,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
             peer = stack.enter_context(AimetPeer(python, torch.get_num_threads()))
             versions |= peer.versions
             print(f"AIMET: {peer.versions['aimet-torch']}, in a process of its own, taking turns")
+        busy = load()
+        if busy > about_cpus / 2 and not options.smoke:
+            print(f"The machine is busy (load {busy:.1f} on {about_cpus} processors): noisy times")
         print(
             f"Medians of {size.turns} turns, best of {size.runs} run(s); in brackets the spread "
             "(quartile to quartile).\nOver unit: rimet's time over that of a clone of the same "
@@ -198,6 +206,7 @@ def describe() -> dict[str, object]:
         "cpu": cpu_name(),
         "cpu_flags": cpu_flags(),
         "cpus": cpu_count(),
+        "load": load(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
     }

@@ -71,7 +71,7 @@ def conv_bn(
 def separable(inputs: int, outputs: int) -> nn.Sequential:
     """MobileNetV1's block: depthwise 3x3, then 1x1."""
     depthwise = conv_bn(inputs, inputs, 3, groups=inputs)
-    return nn.Sequential(*depthwise, nn.ReLU(), *conv_bn(inputs, outputs, 1), nn.ReLU())
+    return nn.Sequential(*depthwise, nn.ReLU6(), *conv_bn(inputs, outputs, 1), nn.ReLU6())
 
 
 class InvertedResidual(nn.Module):
@@ -92,8 +92,8 @@ class InvertedResidual(nn.Module):
 class DigitsNet(nn.Module):
     """A CNN in miniature that has the parts of a real one, for images `[n, 1, 8, 8]`.
 
-    Stem; separable and inverted residual block; strided grouped convolution; another separable
-    block; a depthwise and a 1x1 branch joined by a concat; 1x1 fusion; global pooling; Linear.
+    Stem; separable and inverted residual block; strided grouped convolution; two more separable
+    blocks; a depthwise and a 1x1 branch joined by a concat; 1x1 fusion; global pooling; Linear.
     """
 
     def __init__(self, width: int = 16, classes: int = 10) -> None:
@@ -103,9 +103,9 @@ class DigitsNet(nn.Module):
         self.separable1 = separable(width, width)
         self.residual = InvertedResidual(width)
         self.down = nn.Sequential(*conv_bn(width, double, 3, stride=2, groups=4), nn.ReLU6())
-        self.separable2 = separable(double, double)
-        self.branch1 = nn.Sequential(*conv_bn(double, double, 3, groups=double), nn.ReLU())
-        self.branch2 = nn.Sequential(*conv_bn(double, width, 1), nn.ReLU())
+        self.separable2 = nn.Sequential(separable(double, double), separable(double, double))
+        self.branch1 = nn.Sequential(*conv_bn(double, double, 3, groups=double), nn.ReLU6())
+        self.branch2 = nn.Sequential(*conv_bn(double, width, 1), nn.ReLU6())
         self.concat = custom.Concat(axis=1)
         self.fuse = nn.Sequential(*conv_bn(double + width, 2 * double, 1), nn.ReLU6())
         self.pool = nn.AdaptiveAvgPool2d(1)

@@ -6,6 +6,7 @@
 //! - [`error`], [`encoding`]: value types (grids, block geometry).
 //! - [`kernels`]: CPU kernels with run-time dispatch over instruction sets, and the C boundary.
 //! - [`ops`]: the ops over [`tch::Tensor`], through torch's dispatcher.
+//! - [`calibration`]: encoding analyzers.
 //! - [`nn`]: quantizers and quantized layers for programs written with [`tch`].
 //! - [`calibration`]: encoding analyzers: histograms, percentile, SQNR and MSE searches.
 //! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.

@@ -12,6 +12,8 @@ pub mod placement;
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use error::GraphError;
 
 /// Index of a node in [`Graph::nodes`], which stand in the order of execution.
@@ -22,7 +24,7 @@ pub type TensorId = usize;
 pub type ModuleId = usize;
 
 /// Where a tensor's value comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
     /// An input of the model, with its position in the flattened inputs.
     Input(usize),
@@ -35,7 +37,7 @@ pub enum Source {
 }
 
 /// One value of a tensor. An in-place operation makes a new value.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Tensor {
     pub source: Source,
     pub shape: Vec<i64>,
@@ -46,14 +48,14 @@ pub struct Tensor {
 }
 
 /// A parameter that a module owns itself.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Parameter {
     pub name: String,
     pub shape: Vec<i64>,
 }
 
 /// A module that is one operation of the graph, or could be one: it has a quantized twin or no parts.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Module {
     /// Dotted path in the model; empty for the model itself.
     pub path: String,
@@ -73,7 +75,7 @@ pub struct Module {
 }
 
 /// One input of a node: which argument it is, and what stands there.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Input {
     /// Position among the flattened positional arguments.
     pub slot: usize,
@@ -83,7 +85,7 @@ pub struct Input {
 }
 
 /// One operation that ran.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Node {
     /// The module that ran, for the call of a module.
     pub module: Option<ModuleId>,
@@ -102,7 +104,7 @@ pub struct Node {
 }
 
 /// What ran when a model was called once.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Graph {
     pub modules: Vec<Module>,
     pub tensors: Vec<Tensor>,

@@ -164,7 +164,7 @@ const GRID_PRESERVING: &[&str] = &[
 const GRID_JOINING: &[&str] = &["Concat", "Scatter", "ScatterElements", "ScatterND"];
 
 /// Torch functions that move data without computing on it, so that no quantizer belongs behind them.
-const MOVING_FUNCTIONS: &[&str] = &[
+pub const MOVING_FUNCTIONS: &[&str] = &[
     "size", "view", "narrow", "reshape", "reshape_as", "mean", "index_select", "slice", "select",
     "unsqueeze", "randn", "flatten", "permute", "squeeze", "contiguous", "copy", "clone", "index",
     "transpose", "expand", "expand_as", "eq", "ne", "split", "chunk",

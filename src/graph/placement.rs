@@ -722,8 +722,14 @@ impl Plan {
             .collect()
     }
 
+    /// Both ends of the range are given.
     fn is_fixed(&self, id: QuantizerId) -> bool {
         matches!(self.quantizers[id].constraints, Some((_, Some(_))))
+    }
+
+    /// Some end of the range is given, so the range does not fit other consumers of the same tensor.
+    fn is_constrained(&self, id: QuantizerId) -> bool {
+        self.quantizers[id].constraints.is_some()
     }
 }
 
@@ -779,7 +785,7 @@ fn tie_grids(flow: &Flow, config: &Config, plan: &mut Plan) {
                 Origin::Root(None) => {}
                 Origin::Root(Some(tensor)) => {
                     let shared = flow.graph.tensors[tensor].consumers.len() > 1;
-                    if shared && plan.is_fixed(quantizer) {
+                    if shared && plan.is_constrained(quantizer) {
                         continue;
                     }
                     if let Some(slot) =
@@ -789,7 +795,7 @@ fn tie_grids(flow: &Flow, config: &Config, plan: &mut Plan) {
                     }
                 }
                 Origin::Node(producer, output) => {
-                    if flow.consumers[producer].len() > 1 && plan.is_fixed(quantizer) {
+                    if flow.consumers[producer].len() > 1 && plan.is_constrained(quantizer) {
                         continue;
                     }
                     let class = flow.class(producer).unwrap_or_default();

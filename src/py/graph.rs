@@ -191,6 +191,21 @@ impl Graph {
         self.graph.nodes.len()
     }
 
+    /// The graph as text, for copies and pickles.
+    fn to_json(&self) -> PyResult<String> {
+        serde_json::to_string(&self.graph).map_err(|e| PyRuntimeError::new_err(e.to_string()))
+    }
+
+    #[staticmethod]
+    fn from_json(text: &str) -> PyResult<Self> {
+        let graph = serde_json::from_str(text).map_err(|e| PyValueError::new_err(e.to_string()))?;
+        Ok(Graph { graph })
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (String,))> {
+        Ok((py.get_type::<Graph>().getattr("from_json")?, (self.to_json()?,)))
+    }
+
     /// Chains of operator types, longest pattern first, no node in two chains; see `Flow::chains`.
     #[pyo3(signature = (patterns, skip = Vec::new()))]
     fn chains(&self, patterns: Vec<Vec<String>>, skip: Vec<usize>) -> Vec<Vec<usize>> {
@@ -316,6 +331,30 @@ fn module_op_type(class_key: &str) -> &str {
     op_types::module_op_type(class_key)
 }
 
+/// Whether a functional node of this type only moves data.
+#[pyfunction]
+fn function_moves_data(op_type: &str) -> bool {
+    op_types::function_moves_data(op_type)
+}
+
+/// Whether a module of this class only moves data.
+#[pyfunction]
+fn module_preserves_grid(class_key: &str) -> bool {
+    op_types::module_preserves_grid(class_key)
+}
+
+/// Names of the functions that only move data.
+#[pyfunction]
+fn moving_functions() -> Vec<&'static str> {
+    op_types::MOVING_FUNCTIONS.to_vec()
+}
+
+/// Names of the functions that hand their input on.
+#[pyfunction]
+fn passthrough_functions() -> Vec<&'static str> {
+    op_types::PASSTHROUGH_FUNCTIONS.to_vec()
+}
+
 /// Adds this file's classes and functions to `rimet._core`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<GraphBuilder>()?;
@@ -323,5 +362,9 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<QuantSimConfig>()?;
     module.add_function(wrap_pyfunction!(onnx_type_table, module)?)?;
     module.add_function(wrap_pyfunction!(module_op_type, module)?)?;
+    module.add_function(wrap_pyfunction!(function_moves_data, module)?)?;
+    module.add_function(wrap_pyfunction!(module_preserves_grid, module)?)?;
+    module.add_function(wrap_pyfunction!(moving_functions, module)?)?;
+    module.add_function(wrap_pyfunction!(passthrough_functions, module)?)?;
     Ok(())
 }

@@ -276,6 +276,7 @@ def record(
     kwargs: Mapping[str, Any] | None = None,
     *,
     twin_of: Callable[[str, torch.nn.Module], Twin | None] = lambda path, module: None,
+    class_of: Callable[[torch.nn.Module], type] = type,
 ) -> Recording:
     """Runs ``model(*args, **kwargs)`` once, in evaluation mode and without gradients, and records its graph.
 
@@ -285,6 +286,7 @@ def record(
         kwargs: keyword arguments.
         twin_of: tells, for a path and its module, the shape of the quantized twin, or None if the module
             has none. A module with a twin is one node; so is a module of ``torch.nn`` without parts.
+        class_of: the class that a module counts as.
 
     Returns:
         The recording.
@@ -331,7 +333,7 @@ def record(
             shape = twin or Twin(1, 1, False)
             recorder.builder.module(
                 path,
-                class_key(type(module)),
+                class_key(class_of(module)),
                 params,
                 groups if isinstance(groups, int) else 1,
                 shape.num_inputs,

@@ -88,7 +88,9 @@ MAP_QUANT_SCHEME_TO_PYMO = {
     QuantScheme.post_training_tf: QuantizationMode.QUANTIZATION_TF,
     QuantScheme.post_training_tf_enhanced: QuantizationMode.QUANTIZATION_TF_ENHANCED,
     QuantScheme.training_range_learning_with_tf_init: QuantizationMode.QUANTIZATION_TF,
-    QuantScheme.training_range_learning_with_tf_enhanced_init: QuantizationMode.QUANTIZATION_TF_ENHANCED,
+    QuantScheme.training_range_learning_with_tf_enhanced_init: (
+        QuantizationMode.QUANTIZATION_TF_ENHANCED
+    ),
     QuantScheme.post_training_percentile: QuantizationMode.QUANTIZATION_PERCENTILE,
 }
 
@@ -198,7 +200,8 @@ class QuantDtypeBwInfo:
 
     def __str__(self) -> str:
         return (
-            f"activation:({self.act_dtype}, {self.act_bw}) param:({self.param_dtype}, {self.param_bw})"
+            f"activation:({self.act_dtype}, {self.act_bw}) "
+            f"param:({self.param_dtype}, {self.param_bw})"
         )
 
     __repr__ = __str__
@@ -220,7 +223,7 @@ class QuantDtypeBwInfo:
         return (dtype, bw) == self.get_param()
 
 
-# -- compression -------------------------------------------------------------------------------------------------------
+# -- compression -----------------------------------------------------------------------------------
 
 # Called as f(model, iterations, use_cuda); gives a score, the higher the better.
 EvalFunction = Callable[[Any, Optional[int], bool], float]  # noqa: UP045 (evaluated at run time on 3.10)
@@ -255,7 +258,8 @@ class LayerCompRatioEvalScore:
 class GreedySelectionParameters:
     """How greedy search chooses compression ratios.
 
-    :param target_comp_ratio: cost of the compressed model over that of the original, between 0 and 1
+    :param target_comp_ratio: cost of the compressed model over that of the original, between 0 and
+        1
     :param num_comp_ratio_candidates: ratios ``i / N`` are tried
     :param use_monotonic_fit: smooth the scores by a monotonic fit
     :param saved_eval_scores_dict: file with scores of a former run
@@ -332,8 +336,10 @@ class CompressionStats:
     def __str__(self) -> str:
         lines = [
             "Compressed model",
-            f"  accuracy: {self.compressed_model_accuracy} (before: {self.baseline_model_accuracy})",
-            f"  compression ratio: memory = {self.memory_compression_ratio}, mac = {self.mac_compression_ratio}",
+            f"  accuracy: {self.compressed_model_accuracy} (before: "
+            f"{self.baseline_model_accuracy})",
+            f"  memory: {self.memory_compression_ratio} of the original",
+            f"  multiplications: {self.mac_compression_ratio} of the original",
             "Layers",
         ]
         lines += [f"  {layer.name}: {layer.compression_ratio}" for layer in self.per_layer_stats]
@@ -342,14 +348,18 @@ class CompressionStats:
         return "\n".join(lines)
 
 
-# -- number formats ----------------------------------------------------------------------------------------------------
+# -- number formats --------------------------------------------------------------------------------
 
 
-class qtype(ABC):  # noqa: N801 (public name)
+# `qtype.int` hides the builtin within the class below and its heirs.
+_Integer = int
+
+
+class qtype(ABC):
     """A number format: :class:`Int` or :class:`Float`."""
 
     @staticmethod
-    def int(bits: int) -> Int:
+    def int(bits: _Integer) -> Int:
         """An integer of that many bits.
 
         :raises ValueError: not positive
@@ -358,7 +368,10 @@ class qtype(ABC):  # noqa: N801 (public name)
 
     @staticmethod
     def float(
-        exponent_bits: int, mantissa_bits: int, finite: bool = False, unsigned_zero: bool = False
+        exponent_bits: _Integer,
+        mantissa_bits: _Integer,
+        finite: bool = False,
+        unsigned_zero: bool = False,
     ) -> Float:
         """A float with these fields.
 
@@ -390,7 +403,7 @@ class qtype(ABC):  # noqa: N801 (public name)
         raise TypeError(f"qtype: expected a qtype or its name, got {dtype!r}")
 
     @staticmethod
-    def from_legacy_repr(dtype: QuantizationDataType, bitwidth: int) -> qtype:
+    def from_legacy_repr(dtype: QuantizationDataType, bitwidth: _Integer) -> qtype:
         """The format of a kind of number and its bit-width.
 
         :raises ValueError: there is none
@@ -401,10 +414,12 @@ class qtype(ABC):  # noqa: N801 (public name)
             for known in (float16, float32, float8e4m3fn):
                 if known.to_legacy_repr()[1] == bitwidth:
                     return known
-        raise ValueError(f"qtype: expected an int, or a float of 8, 16 or 32 bits, got {dtype}, {bitwidth}")
+        raise ValueError(
+            f"qtype: expected an int, or a float of 8, 16 or 32 bits, got {dtype}, {bitwidth}"
+        )
 
     @abstractmethod
-    def to_legacy_repr(self) -> tuple[QuantizationDataType, int]:
+    def to_legacy_repr(self) -> tuple[QuantizationDataType, _Integer]:
         """``(kind of number, bit-width)``."""
 
     @abstractmethod
@@ -418,7 +433,7 @@ class Int(qtype):
     :raises ValueError: not positive
     """
 
-    bits: int
+    bits: _Integer
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, Integral):
@@ -426,7 +441,7 @@ class Int(qtype):
         if self.bits <= 0:
             raise ValueError(f"bits: expected a positive number, got {self.bits}")
 
-    def to_legacy_repr(self) -> tuple[QuantizationDataType, int]:
+    def to_legacy_repr(self) -> tuple[QuantizationDataType, _Integer]:
         """``(QuantizationDataType.int, bits)``."""
         return QuantizationDataType.int, self.bits
 
@@ -443,8 +458,8 @@ class Float(qtype):
     :raises ValueError: a negative number of bits
     """
 
-    exponent_bits: int
-    mantissa_bits: int
+    exponent_bits: _Integer
+    mantissa_bits: _Integer
     finite: bool
     unsigned_zero: bool
 
@@ -456,7 +471,7 @@ class Float(qtype):
             if bits < 0:
                 raise ValueError(f"{name}: expected at least 0, got {bits}")
 
-    def to_legacy_repr(self) -> tuple[QuantizationDataType, int]:
+    def to_legacy_repr(self) -> tuple[QuantizationDataType, _Integer]:
         """``(QuantizationDataType.float, 1 + exponent_bits + mantissa_bits)``."""
         return QuantizationDataType.float, self.exponent_bits + self.mantissa_bits + 1
 

@@ -32,7 +32,8 @@ ALLOW_EXPERIMENTAL = False
 encoding_version = os.environ.get("AIMET_ENCODING_VERSION", "1.0.0")
 if encoding_version not in VALID_ENCODING_VERSIONS:
     raise RuntimeError(
-        f"AIMET_ENCODING_VERSION: expected one of {', '.join(VALID_ENCODING_VERSIONS)}, got {encoding_version!r}"
+        f"AIMET_ENCODING_VERSION: expected one of {', '.join(VALID_ENCODING_VERSIONS)}, got "
+        f"{encoding_version!r}"
     )
 
 _SMALLEST_RANGE = 1e-5
@@ -71,7 +72,8 @@ def calculate_delta_offset(
 ) -> tuple[Any, Any]:
     """Scale and offset (on a grid from zero) of a range.
 
-    A symmetric grid with values below zero is scaled by its upper end; one without is used as an unsigned one.
+    A symmetric grid with values below zero is scaled by its upper end; one without is used as an
+    unsigned one.
 
     :param min_val, max_val: numbers, or arrays of one shape
     :param bitwidth: bits of the grid
@@ -187,13 +189,14 @@ def validate_quantsim_inputs(
 ) -> None:
     """Check the arguments of a quantization simulation.
 
-    :raises ValueError: unknown scheme or rounding mode; output bits outside 4..32, parameter bits outside 2..32; a
-        float of other than 16 or 32 bits
+    :raises ValueError: unknown scheme or rounding mode; output bits outside 4..32, parameter bits
+        outside 2..32; a float of other than 16 or 32 bits
     """
     names = ("tf", "tf_enhanced", "percentile")
     if not isinstance(quant_scheme, QuantScheme) and quant_scheme not in names:
         raise ValueError(
-            f"quant_scheme: expected a QuantScheme or one of {', '.join(names)}, got {quant_scheme!r}"
+            f"quant_scheme: expected a QuantScheme or one of {', '.join(names)}, got "
+            f"{quant_scheme!r}"
         )
     if rounding_mode not in ("nearest", "stochastic"):
         raise ValueError(f"rounding_mode: expected nearest or stochastic, got {rounding_mode!r}")

@@ -40,7 +40,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class AimetLogger(logging.Logger):
-    """Loggers by area of work. They are Python's own, below the logger ``rimet``; handlers are the program's affair."""
+    """Loggers by area of work: Python's own, below the logger ``rimet``.
+
+    Handlers are the program's affair.
+    """
 
     class LogAreas(Enum):
         """Areas that have a logger of their own."""
@@ -121,7 +124,7 @@ def deprecated(msg: str = "", deletion_planned: str = "") -> Callable[[_F], _F]:
             text += f". {msg}"
 
         if isinstance(target, type):
-            original = target.__init__
+            original = target.__init__  # type: ignore[misc]
 
             @functools.wraps(original)
             def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -188,7 +191,8 @@ def profile(
     :param file: append the message to this file
     :param new_file: begin the file anew
     :param logger: where to log the message; printed otherwise
-    :param cleanup: called before the clock is read at either end (such as ``torch.cuda.synchronize``)
+    :param cleanup: called before the clock is read at either end (such as
+        ``torch.cuda.synchronize``)
     """
     if cleanup is not None:
         cleanup()
@@ -209,19 +213,19 @@ def profile(
 
 
 def round_up_to_multiplicity(multiplicity: int, num: int, max_allowable_num: int) -> int:
-    """Smallest multiple of ``multiplicity`` that is at least ``num``, but no more than ``max_allowable_num``."""
+    """Smallest multiple of ``multiplicity`` from ``num`` on, at most ``max_allowable_num``."""
     return min(-(-num // multiplicity) * multiplicity, max_allowable_num)
 
 
 def round_down_to_multiplicity(multiplicity: int, num: int) -> int:
-    """Largest multiple of ``multiplicity`` below or at ``num``; ``num`` itself if it is not above ``multiplicity``."""
+    """Largest multiple of ``multiplicity`` up to ``num``; a ``num`` below it stays as it is."""
     if num <= multiplicity:
         return num
     return num // multiplicity * multiplicity
 
 
 def convert_configs_values_to_bool(dictionary: Any) -> None:
-    """Replace the strings "True" and "False" by booleans, in place, within nested dicts and lists of dicts."""
+    """Replace the strings "True" and "False" by booleans, in place, in nested dicts and lists."""
     if isinstance(dictionary, dict):
         for key, value in dictionary.items():
             if value in ("True", "False"):
@@ -280,7 +284,15 @@ def start_bokeh_server_session(port: int | None = None) -> tuple[str, Any]:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
     process = subprocess.Popen(
-        [sys.executable, "-m", "bokeh", "serve", "--port", str(port), f"--allow-websocket-origin=localhost:{port}"],
+        [
+            sys.executable,
+            "-m",
+            "bokeh",
+            "serve",
+            "--port",
+            str(port),
+            f"--allow-websocket-origin=localhost:{port}",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -309,6 +321,8 @@ def kill_process_with_name_and_port_number(name: str, port_number: int) -> None:
         except OSError:
             continue
         named = any(name in os.path.basename(word) for word in words[:3])
-        at_port = any(a == "--port" and b == str(port_number) for a, b in zip(words, words[1:], strict=False))
+        at_port = any(
+            a == "--port" and b == str(port_number) for a, b in zip(words, words[1:], strict=False)
+        )
         if mine and (named or name in words) and (at_port or f"--port={port_number}" in words):
             os.kill(int(entry), signal.SIGTERM)

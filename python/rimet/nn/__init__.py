@@ -11,6 +11,15 @@ from torch import nn
 from rimet.nn.base import BaseQuantizationMixin, UnknownModuleError
 from rimet.nn.mixin import QuantizationMixin, QuantizationMixinMeta
 from rimet.nn.modules import custom
+from rimet.nn.multihead_attention import QuantizedMultiheadAttention
+from rimet.nn.recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
 from rimet.nn.reuse import reuse_quantized_params
 from rimet.nn.torch_modules import *  # noqa: F403
 from rimet.nn.torch_modules import __all__ as _torch_modules
@@ -20,6 +29,13 @@ __all__ = [
     "BaseQuantizationMixin",
     "QuantizationMixin",
     "QuantizationMixinMeta",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
+    "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
     "UnknownModuleError",
     "compute_encodings",
     "compute_param_encodings",

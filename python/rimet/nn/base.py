@@ -18,7 +18,7 @@ from rimet.nn.slots import (
     QuantizerRemoval,
     flatten,
     plain,
-    quantize,
+    wrong_slot,
 )
 
 __all__ = ["BaseQuantizationMixin", "UnknownModuleError"]
@@ -160,14 +160,20 @@ class BaseQuantizationMixin(abc.ABC):
 
     def _quantized_parameter(self, name: str, quantizer: Any, param: Tensor) -> Tensor:
         """A parameter as its quantizer leaves it, or out of an open :func:`rimet.reuse_quantized_params` block."""
-        cached = reuse.lookup(self, name)
-        if cached is not None:
+        if reuse._any_open and (cached := reuse.lookup(self, name)) is not None:
             return cached
         # Calibration of a weight needs no data but its own: done when first needed.
-        if not getattr(quantizer, "_ready", True) and not quantizer.is_initialized():
+        try:
+            ready = quantizer._ready or quantizer.is_initialized()
+        except AttributeError:
+            raise wrong_slot(self, "param_quantizers", name, quantizer) from None
+        if not ready:
             self._calibrate_parameter(quantizer, param)
-        quantized = quantize(self, f"param_quantizers[{name!r}]", quantizer, param)  # type: ignore[arg-type]
-        reuse.store(self, name, quantized)
+        quantized: Tensor = quantizer._forward_tensor(
+            param if type(param) is nn.Parameter else plain(param)
+        )
+        if reuse._any_open:
+            reuse.store(self, name, quantized)
         return quantized
 
     def _quantized_parameters(self) -> dict[str, Tensor]:
@@ -223,7 +229,7 @@ class BaseQuantizationMixin(abc.ABC):
             param = getattr(self, name, None)
             if quantizer is None or param is None:
                 continue
-            self._check_slot(f"param_quantizers[{name!r}]", quantizer)
+            self._check_slot("param_quantizers", name, quantizer)
             if quantizer.is_overwrite_allowed():
                 self._calibrate_parameter(quantizer, param)
 
@@ -243,15 +249,12 @@ class BaseQuantizationMixin(abc.ABC):
         for kind in ("input_quantizers", "output_quantizers"):
             for i, quantizer in enumerate(flatten(self._modules[kind])):
                 if quantizer is not None:
-                    self._check_slot(f"{kind}[{i}]", quantizer)
+                    self._check_slot(kind, i, quantizer)
                     yield quantizer
 
-    def _check_slot(self, slot: str, quantizer: Any) -> None:
+    def _check_slot(self, kind: str, key: int | str, quantizer: Any) -> None:
         if not hasattr(quantizer, "_forward_tensor"):
-            raise TypeError(
-                f"{type(self).__name__}.{slot}: expected a quantizer "
-                f"(rimet.quantization.base.QuantizerBase) or None, got {type(quantizer).__name__}"
-            )
+            raise wrong_slot(self, kind, key, quantizer)
 
     @torch.no_grad()
     def fold_param_quantizers(self) -> None:

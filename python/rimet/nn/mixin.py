@@ -191,24 +191,37 @@ class _KernelMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        wanted = func is self.function if self.function is not None else name != "__get__"
-        if self.done or not wanted:
+        if self.done or not self.is_wanted(func):
             return func(*args, **kwargs)
         self.done = True
         return self.call(args, kwargs)
 
+    def is_wanted(self, func: Any) -> bool:
+        name = getattr(func, "__name__", "")
+        if isinstance(self.function, frozenset):
+            return name in self.function
+        if self.function is not None:
+            return func is self.function
+        return name != "__get__"  # reading an attribute such as `x.shape`
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module
-        slots = module._modules["param_quantizers"]._modules
         params = {
-            id(getattr(module, name)): (name, quantizer)
-            for name, quantizer in slots.items()
-            if getattr(module, name, None) is not None
+            id(getattr(module, name)): quantizer
+            for name, quantizer in module._modules["param_quantizers"]._modules.items()
         }
-        inputs = list(module._modules["input_quantizers"]._modules.values())
+        inputs = iter(list(module._modules["input_quantizers"]._modules.values()))
+        # Sizes of packed sequences stand between the inputs of recurrent layers.
+        recurrent = isinstance(self.function, frozenset)
 
-        def enter(x: Any, quantizer: Any) -> Any:
+        def enter(x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return type(x)(enter(t) for t in x)
+            if id(x) in params:
+                return param(x)
+            if recurrent and not (isinstance(x, Tensor) and x.is_floating_point()):
+                return x
+            quantizer = next(inputs, None)
             if not isinstance(x, Tensor):
                 return x
             if quantizer is not None and x.is_floating_point():
@@ -216,32 +229,21 @@ class _KernelMode(TorchFunctionMode):
             return x.quantize() if isinstance(x, QuantizedTensorBase) else x
 
         def param(x: Any) -> Any:
-            name, quantizer = params.get(id(x), (None, None))
-            if name is None or quantizer is None:
+            quantizer = params.get(id(x))
+            if quantizer is None:
                 return x
             if not quantizer.is_initialized():
                 module._calibrate_parameter(quantizer, x)
             return quantizer(x)
 
-        flat: list[Any] = []
-        position = 0
-        for x in args:
-            if isinstance(x, (tuple, list)):  # torch.cat
-                flat.append(
-                    type(x)(enter(t, inputs[i] if i < len(inputs) else None) for i, t in enumerate(x))
-                )
-            elif isinstance(x, Tensor) and id(x) in params:
-                flat.append(param(x))
-            else:
-                quantizer = inputs[position] if position < len(inputs) else None
-                flat.append(enter(x, quantizer))
-                position += 1
-        named = {key: param(x) for key, x in kwargs.items()}
-        output_quantizer = module._modules["output_quantizers"]._modules.get("0")
-        named["output_encodings"] = (
-            None if output_quantizer is None else output_quantizer.get_encodings()
+        args = tuple(enter(x) for x in args)
+        kwargs = {key: param(x) for key, x in kwargs.items()}
+        encodings = tuple(
+            None if q is None else q.get_encodings()
+            for q in module._modules["output_quantizers"]._modules.values()
         )
-        return self.kernel(*flat, **named)
+        kwargs["output_encodings"] = encodings[0] if len(encodings) == 1 else encodings
+        return self.kernel(*args, **kwargs)
 
 
 def _run_kernel(module: Any, kernel: Kernel, function: Any, base_forward: Any, args: Any, kwargs: Any) -> Any:
@@ -279,11 +281,11 @@ def quantize_outputs(module: Any, output: Any, shared: bool = False) -> Any:
     slots = module._modules["output_quantizers"]._modules
     if isinstance(output, Tensor):
         quantizer = slots.get("0")
-        return output if quantizer is None else quantize(module, "output_quantizers[0]", quantizer, output)
+        return output if quantizer is None else quantize(module, "output_quantizers", 0, quantizer, output)
     if isinstance(output, (tuple, list)) and any(q is not None for q in slots.values()):
         if shared:
             quantizer = slots["0"]
-            values: Any = [quantize(module, "output_quantizers[0]", quantizer, x) for x in output]
+            values: Any = [quantize(module, "output_quantizers", 0, quantizer, x) for x in output]
         else:
             values = list(quantize_each(module, "output_quantizers", slots, output))
         # Named tuples of Python take their fields one by one, those of torch as a sequence.
@@ -292,12 +294,19 @@ def quantize_outputs(module: Any, output: Any, shared: bool = False) -> Any:
 
 
 def run_with_parameters(
-    module: Any, base_forward: Callable[..., Any], tensors: dict[str, Any], args: Any, kwargs: Any
+    module: Any,
+    base_forward: Callable[..., Any],
+    tensors: dict[str, Any],
+    args: Any,
+    kwargs: Any,
+    pure: bool = False,
 ) -> Any:
     """``base_forward(module, *args, **kwargs)`` with other tensors in place of some parameters.
 
     The module is left alone: the method runs on a second object with the same attributes, so that other threads, hooks and
     exceptions see nothing of it. Attributes that the method sets are set on the module afterwards.
+
+    :param pure: the method is known to set none
     """
     if torch.compiler.is_compiling():
         # Dynamo does not follow the making of that object, but does follow this.
@@ -310,14 +319,14 @@ def run_with_parameters(
             for name, tensor in originals.items():
                 module._parameters[name] = tensor
     view = object.__new__(type(module))
-    before = module.__dict__
     attributes = view.__dict__
-    attributes.update(before)
+    attributes.update(module.__dict__)
     attributes.update(tensors)
+    if pure:
+        return base_forward(view, *args, **kwargs)
+    before = [*map(id, attributes.values())]
     output = base_forward(view, *args, **kwargs)
-    if len(attributes) != len(before) + len(tensors) or any(
-        value is not before.get(name) for name, value in attributes.items() if name not in tensors
-    ):
+    if before != [*map(id, attributes.values())]:
         _write_back(module, attributes, tensors)
     return output
 
@@ -342,16 +351,19 @@ def quantize_arguments(
     :param skipped: how many arguments stand before the first one with a quantizer
     """
     slots = module._modules["input_quantizers"]._modules
-    args = (
-        *map(plain, args[:skipped]),
-        *quantize_each(module, "input_quantizers", slots, args[skipped:]),
-    )
+    if skipped:
+        args = (
+            *map(plain, args[:skipped]),
+            *quantize_each(module, "input_quantizers", slots, args[skipped:]),
+        )
+    else:
+        args = tuple(quantize_each(module, "input_quantizers", slots, args))
     if kwargs:
         kwargs = {key: plain(value) for key, value in kwargs.items()}
         for i, name in enumerate(names):
             quantizer = slots.get(str(i))
             if quantizer is not None and name in kwargs:
-                kwargs[name] = quantize(module, f"input_quantizers[{i}]", quantizer, kwargs[name])
+                kwargs[name] = quantize(module, "input_quantizers", i, quantizer, kwargs[name])
     return args, kwargs
 
 
@@ -363,6 +375,9 @@ def build_forward(
     call: Callable[..., Any] | None = None,
     parameters: tuple[str, ...] | None = None,
     shared_output: bool = False,
+    variadic: bool = False,
+    pure: bool = False,
+    signature: inspect.Signature | None = None,
 ) -> Callable[..., Any]:
     """The forward method of the quantized twin of ``module_cls``.
 
@@ -370,39 +385,54 @@ def build_forward(
     :param function: torch function that stands for the module when a kernel is set; by default the first one called
     :param call: the module's forward as a function ``call(module, input, *parameters)``, for modules with one input. Spares
         the second object of :func:`run_with_parameters`
-    :param parameters: names of the parameters that ``call`` takes; empty: the class has none
+    :param parameters: names of the parameters that ``call`` takes, ``("weight",)`` or ``("weight", "bias")``; empty: the class has none
     :param shared_output: the first output quantizer serves all results
+    :param variadic: there may be more inputs than ``inputs``
+    :param pure: the original sets no attributes in its forward pass
+    :param signature: signature under which arguments can be named; by default that of the original
     """
     base_forward: Any = module_cls.forward
-    signature = inspect.signature(base_forward)
+    own_signature = inspect.signature(base_forward)
     if inputs is None:
-        inputs = tuple(signature.parameters)[1:]
+        inputs = tuple(own_signature.parameters)[1:]
 
     forward: Any
     if call is not None:
         forward = _forward_call(call, parameters or (), base_forward, inputs, function)
-    elif parameters == () and len(inputs) == 1 and not shared_output:
+    elif parameters == () and len(inputs) == 1 and not shared_output and not variadic:
         forward = _forward_unary(base_forward, inputs, function)
     else:
-        arguments = list(signature.parameters)[1:]
+        arguments = list(own_signature.parameters)[1:]
         skipped = arguments.index(inputs[0]) if inputs and inputs[0] in arguments else 0
-        forward = _forward_general(base_forward, inputs, function, shared_output, skipped)
-    forward.__signature__ = signature
+        forward = _forward_general(base_forward, inputs, function, shared_output, skipped, parameters == (), pure)
+    if signature is not None:
+        forward = _by_position(forward, signature)
+    forward.__signature__ = signature or own_signature
     forward.__doc__ = f"Forward of :class:`{module_cls.__qualname__}` on quantized tensors."
     forward.__qualname__ = f"Quantized{module_cls.__name__}.forward"
     return forward  # type: ignore[no-any-return]
 
 
+def _by_position(forward: Any, signature: inspect.Signature) -> Any:
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            bound = signature.bind(self, *args, **kwargs)
+            args, kwargs = bound.args[1:], bound.kwargs
+        return forward(self, *args, **kwargs)
+
+    return renamed
+
+
 def _forward_general(
-    base_forward: Any, inputs: tuple[str, ...], function: Any, shared_output: bool, skipped: int
+    base_forward: Any, inputs: tuple[str, ...], function: Any, shared_output: bool, skipped: int, stateless: bool, pure: bool
 ) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
             return _run_kernel(self, kernel, function, base_forward, args, kwargs)
         args, kwargs = quantize_arguments(self, inputs, args, kwargs, skipped)
-        tensors = self._quantized_parameters()
+        tensors = None if stateless else self._quantized_parameters()
         if tensors:
-            output = run_with_parameters(self, base_forward, tensors, args, kwargs)
+            output = run_with_parameters(self, base_forward, tensors, args, kwargs, pure)
         else:
             output = base_forward(self, *args, **kwargs)
         return quantize_outputs(self, output, shared_output)
@@ -417,19 +447,22 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) ->
         if _any_kernel and (kernel := self._active_kernel()) is not None:
             return _run_kernel(self, kernel, function, base_forward, args, kwargs)
         modules = self._modules
-        if (
-            kwargs
-            or not args
-            or type(args[0]) is not Tensor
-            or modules["input_quantizers"]._modules.get("0") is not None
-        ):
+        if len(args) == 1 and not kwargs:
+            (x,) = args
+            quantizer = modules["input_quantizers"]._modules.get("0")
+            if quantizer is not None:
+                x = quantize(self, "input_quantizers", 0, quantizer, x)
+            elif type(x) is not Tensor:
+                x = plain(x)
+            output = base_forward(self, x)
+        else:
             args, kwargs = quantize_arguments(self, inputs, args, kwargs)
-        output = base_forward(self, *args, **kwargs)
+            output = base_forward(self, *args, **kwargs)
         quantizer = modules["output_quantizers"]._modules.get("0")
         if quantizer is None:
             return output
         if isinstance(output, Tensor):
-            return quantize(self, "output_quantizers[0]", quantizer, output)
+            return quantize(self, "output_quantizers", 0, quantizer, output)
         return quantize_outputs(self, output)
 
     return forward
@@ -438,9 +471,10 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) ->
 def _forward_call(
     call: Callable[..., Any], names: tuple[str, ...], base_forward: Any, inputs: tuple[str, ...], function: Any
 ) -> Any:
-    """One input, one output, and the module's forward as a function of its parameters."""
+    """One input, one output, and the module's forward as a function of its parameters: a weight, perhaps a bias."""
     (input_name,) = inputs or ("input",)
     has_slot = bool(inputs)
+    with_bias = "bias" in names
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
@@ -454,22 +488,32 @@ def _forward_call(
         modules = self._modules
         quantizer = modules["input_quantizers"]._modules.get("0") if has_slot else None
         if quantizer is not None:
-            x = quantize(self, "input_quantizers[0]", quantizer, x)
+            x = quantize(self, "input_quantizers", 0, quantizer, x)
         elif type(x) is not Tensor:
             x = plain(x)
         slots = modules["param_quantizers"]._modules
-        parameters = []
-        for name in names:
-            param = getattr(self, name)
-            if (quantizer := slots.get(name)) is not None:
-                param = self._quantized_parameter(name, quantizer, param)
-            elif isinstance(param, QuantizedTensorBase):
-                param = plain(param)
-            parameters.append(param)
-        output = call(self, x, *parameters)
+        own = self._parameters
+        weight = own.get("weight")
+        if weight is None:
+            weight = self.weight  # it may be absent, or an attribute (weight_norm, FSDP)
+        if (quantizer := slots.get("weight")) is not None:
+            weight = self._quantized_parameter("weight", quantizer, weight)
+        elif type(weight) is not nn.Parameter:
+            weight = plain(weight)
+        if not with_bias:
+            output = call(self, x, weight)
+        else:
+            bias = own.get("bias")
+            if bias is None:
+                bias = self.bias
+            if (quantizer := slots.get("bias")) is not None:
+                bias = self._quantized_parameter("bias", quantizer, bias)
+            elif bias is not None and type(bias) is not nn.Parameter:
+                bias = plain(bias)
+            output = call(self, x, weight, bias)
         quantizer = modules["output_quantizers"]._modules.get("0")
         if quantizer is not None:
-            output = quantize(self, "output_quantizers[0]", quantizer, output)
+            output = quantize(self, "output_quantizers", 0, quantizer, output)
         return output
 
     return forward

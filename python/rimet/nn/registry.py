@@ -55,6 +55,7 @@ def twin(
     home: str | None = None,
     namespace: dict[str, Any] | None = None,
     register: bool = True,
+    like: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Any:
     """Make and register the quantized class of a module class.
@@ -66,13 +67,15 @@ def twin(
     :param home: module in which the class can be imported; that of the caller by default
     :param namespace: further attributes; a ``forward`` in it takes the place of the one that would be built
     :param register: whether this class is the twin of ``module_cls``
+    :param like: function with the arguments of ``forward``, where they have other names than in the module class
     :param options: see :class:`QuantSpec`
     """
     if inputs is None:
         inputs = 1
+    signature = None if like is None else inspect.signature(like)
     if isinstance(inputs, int):
-        arguments = tuple(inspect.signature(module_cls.forward).parameters)[1:]
-        inputs = arguments[:inputs] + tuple(f"x{i}" for i in range(len(arguments), inputs))
+        names = tuple(inspect.signature(module_cls.forward).parameters)[1:]
+        inputs = names[:inputs] + tuple(f"x{i}" for i in range(len(names), inputs))
     if home is None:
         frame = inspect.currentframe()
         while frame is not None and frame.f_globals["__name__"] == __name__:
@@ -97,6 +100,9 @@ def twin(
             call=spec.call,
             parameters=spec.parameters,
             shared_output=spec.shared_output,
+            variadic=spec.variadic,
+            pure=True,
+            signature=signature,
         )
     attributes.update(namespace or {})
     quantized_cls = QuantizationMixinMeta(

@@ -6,52 +6,75 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rimet.quantization.tensor import QuantizedTensorBase
 
-__all__ = ["plain", "quantize", "quantize_each", "flatten", "QuantizerRemoval"]
+__all__ = [
+    "ParameterReplacement",
+    "QuantizerRemoval",
+    "flatten",
+    "plain",
+    "quantize",
+    "quantize_each",
+    "wrong_slot",
+]
 
 
 def plain(x: Any) -> Any:
     """The dequantized plain tensor behind a (de)quantized tensor; anything else as it is."""
-    if isinstance(x, QuantizedTensorBase):
+    if type(x) is not Tensor and isinstance(x, QuantizedTensorBase):
         return x.dequantize().as_subclass(Tensor)
     return x
 
 
-def quantize(owner: nn.Module, slot: str, quantizer: Any, x: Any) -> Any:
+def quantize(owner: Any, kind: str, key: int | str, quantizer: Any, x: Any) -> Any:
     """Pass ``x`` through ``quantizer`` if it is a floating-point tensor; integers, masks and non-tensors go by.
 
     :param owner: module that the slot belongs to, for the error message
-    :param slot: such as ``"input_quantizers[0]"``
+    :param kind: such as ``"input_quantizers"``
+    :param key: index or name of the slot
     :param quantizer: a :class:`rimet.quantization.base.QuantizerBase`
     :raises TypeError: what stands in the slot is no quantizer
     """
-    if not isinstance(x, Tensor):
-        return x
-    if isinstance(x, QuantizedTensorBase):
-        x = x.dequantize().as_subclass(Tensor)
+    if type(x) is not Tensor:
+        if not isinstance(x, Tensor):
+            return x
+        x = plain(x)
     if not x.is_floating_point():
         return x
     try:
         forward = quantizer._forward_tensor
     except AttributeError:
-        raise TypeError(
-            f"{type(owner).__name__}.{slot}: expected a quantizer "
-            f"(rimet.quantization.base.QuantizerBase) or None, got {type(quantizer).__name__}"
-        ) from None
+        raise wrong_slot(owner, kind, key, quantizer) from None
     return forward(x)
 
 
+def wrong_slot(owner: Any, kind: str, key: int | str, quantizer: Any) -> TypeError:
+    """The error about something in a slot that is no quantizer."""
+    return TypeError(
+        f"{type(owner).__name__}.{kind}[{key!r}]: expected a quantizer "
+        f"(rimet.quantization.base.QuantizerBase) or None, got {type(quantizer).__name__}"
+    )
+
+
 def quantize_each(
-    owner: nn.Module, kind: str, quantizers: Mapping[str, Any], values: Iterable[Any]
-) -> Iterator[Any]:
+    owner: Any, kind: str, quantizers: Mapping[str, Any], values: Iterable[Any]
+) -> list[Any]:
     """The n-th value through the n-th quantizer. Values without a slot, and slots that are off, pass plain."""
+    passed = []
     for i, x in enumerate(values):
-        quantizer = quantizers.get(str(i))
-        yield plain(x) if quantizer is None else quantize(owner, f"{kind}[{i}]", quantizer, x)
+        quantizer = quantizers.get(_KEYS[i] if i < 16 else str(i))
+        if quantizer is not None:
+            x = quantize(owner, kind, i, quantizer, x)
+        elif type(x) is not Tensor:
+            x = plain(x)
+        passed.append(x)
+    return passed
+
+
+# Keys of a module list, without making a string in each call.
+_KEYS = tuple(map(str, range(16)))
 
 
 def flatten(modules: nn.Module) -> Iterator[nn.Module | None]:
@@ -125,8 +148,3 @@ class ParameterReplacement:
                 del _replaced[id(self._module)]
                 for name, (where, original) in entry[1].items():
                     where[name] = original
-
-
-def is_compiling() -> bool:
-    """Whether Dynamo or ``torch.export`` looks at the running code."""
-    return torch.compiler.is_compiling()

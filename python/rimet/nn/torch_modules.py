@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from rimet.nn.mixin import QuantizationMixin
+from rimet.nn.mixin import QuantizationMixin, run_with_parameters
 from rimet.nn.registry import stateless, twin
 
 # -- linear and convolution ----------------------------------------------------------------------------------------------
@@ -53,9 +53,29 @@ def _rms_norm(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
     return F.rms_norm(x, module.normalized_shape, weight, module.eps)
 
 
-QuantizedBatchNorm1d = twin(nn.BatchNorm1d, function=F.batch_norm)
-QuantizedBatchNorm2d = twin(nn.BatchNorm2d, function=F.batch_norm)
-QuantizedBatchNorm3d = twin(nn.BatchNorm3d, function=F.batch_norm)
+def _batch_norm(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if not module.training and module.running_mean is not None:
+        module._check_input_dim(x)
+        return F.batch_norm(
+            x, module.running_mean, module.running_var, weight, bias, False, 0.0, module.eps
+        )
+    # Statistics of the batch, and the update of the running ones, are left to the original.
+    tensors = {"weight": weight, "bias": bias}
+    output: Tensor = run_with_parameters(
+        module, nn.modules.batchnorm._BatchNorm.forward, tensors, (x,), {}, pure=True
+    )
+    return output
+
+
+QuantizedBatchNorm1d = twin(
+    nn.BatchNorm1d, call=_batch_norm, parameters=_WEIGHT_BIAS, function=F.batch_norm
+)
+QuantizedBatchNorm2d = twin(
+    nn.BatchNorm2d, call=_batch_norm, parameters=_WEIGHT_BIAS, function=F.batch_norm
+)
+QuantizedBatchNorm3d = twin(
+    nn.BatchNorm3d, call=_batch_norm, parameters=_WEIGHT_BIAS, function=F.batch_norm
+)
 QuantizedSyncBatchNorm = twin(nn.SyncBatchNorm, function=F.batch_norm)
 QuantizedInstanceNorm1d = twin(nn.InstanceNorm1d, function=F.instance_norm)
 QuantizedInstanceNorm2d = twin(nn.InstanceNorm2d, function=F.instance_norm)

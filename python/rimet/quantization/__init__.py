@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rimet.quantization import affine, base, encoding_analyzer
+from rimet.quantization import affine, base, encoding_analyzer, float
 from rimet.quantization.affine import get_backend, set_backend
 from rimet.quantization.tensor import (
     DequantizedTensor,
@@ -19,6 +19,7 @@ __all__ = [
     "affine",
     "base",
     "encoding_analyzer",
+    "float",
     "get_backend",
     "set_backend",
 ]

@@ -1,6 +1,7 @@
 """The engine's affine ops, looked up once.
 
-An overload kept in a module global spares a call two attribute look-ups on ``torch.ops`` and the overload resolution.
+An overload kept in a module global spares a call two attribute look-ups on ``torch.ops`` and the
+overload resolution.
 """
 
 from __future__ import annotations

@@ -25,7 +25,12 @@ class EncodingError(RuntimeError):
 
 
 class _RangeOf:
-    """The encoding of a quantizer at a certain range, not computed yet."""
+    """The encoding of a quantizer at its present range, not computed yet.
+
+    The range may change before anybody asks for the encoding, so it is kept by value: as numbers
+    where reading them is cheap (one value each, in the CPU's memory, and no gradient to follow), as
+    copies otherwise.
+    """
 
     __slots__ = ("high", "low", "quantizer")
 
@@ -33,32 +38,45 @@ class _RangeOf:
         self, quantizer: AffineQuantizerBase, low: torch.Tensor, high: torch.Tensor
     ) -> None:
         self.quantizer = quantizer
-        self.low = low
-        self.high = high
+        self.low: float | torch.Tensor
+        self.high: float | torch.Tensor
+        if low.is_cpu and not low.dim() and not torch.is_grad_enabled():
+            self.low, self.high = low.item(), high.item()
+        else:
+            self.low, self.high = low.clone(), high.clone()
 
     def resolve(self) -> EncodingBase:
-        return self.quantizer._encoding_of_range(self.low, self.high)
+        low, high = (
+            end if isinstance(end, torch.Tensor) else torch.tensor(end, dtype=param.dtype)
+            for end, param in ((self.low, self.quantizer.min), (self.high, self.quantizer.max))
+        )
+        return self.quantizer._encoding_of_range(low, high)
 
 
 def _version(tensor: torch.Tensor) -> int:
-    # An inference tensor has no version. It counts as never written to; in-place operators say so themselves.
-    return -1 if tensor.is_inference() else tensor._version
+    # An inference tensor has no version. It counts as never written to; in-place operators say so
+    # themselves.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class QuantizedTensorBase(torch.Tensor):
-    """Base of :class:`QuantizedTensor` and :class:`DequantizedTensor`: a tensor with an ``encoding``.
+    """Base of :class:`QuantizedTensor` and :class:`DequantizedTensor`: a tensor with an
+    ``encoding``.
 
-    Operators that only copy, move or cast to another floating dtype keep the encoding; those that only pick or rearrange
-    elements keep it if it is per tensor. All others return plain tensors. A tensor written to in place has no encoding
-    any more.
+    Operators that only copy, move or cast to another floating dtype keep the encoding; those that
+    only pick or rearrange elements keep it if it is per tensor. All others return plain tensors. A
+    tensor written to in place has no encoding any more.
 
     :param encoding: the grid, or ``None``; all other arguments are those of :class:`torch.Tensor`
     """
 
     _encoding: EncodingBase | _RangeOf | None
-    _encoded_version: int
+    # Version of the tensor that the encoding belongs to.
+    _encoded_version: int = 0
 
-    def __new__(cls: type[_T], *args: Any, encoding: EncodingBase | None = None, **kwargs: Any) -> _T:
+    def __new__(
+        cls: type[_T], *args: Any, encoding: EncodingBase | None = None, **kwargs: Any
+    ) -> _T:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
             self = args[0].as_subclass(torch.Tensor).as_subclass(cls)
         else:
@@ -71,7 +89,9 @@ class QuantizedTensorBase(torch.Tensor):
 
     @classmethod
     def _adopt(cls: type[_T], tensor: torch.Tensor, encoding: EncodingBase | _RangeOf | None) -> _T:
-        """Turn a fresh plain tensor into one of this class, without an alias (and its autograd node)."""
+        """Turn a fresh plain tensor into one of this class, without an alias (and its autograd
+        node).
+        """
         if type(tensor) is not torch.Tensor:
             return tensor  # type: ignore[return-value]  # fake and functional tensors stay what they are
         version = _version(tensor)
@@ -82,15 +102,15 @@ class QuantizedTensorBase(torch.Tensor):
         return fresh
 
     @classmethod
-    def _adopt_lazily(
-        cls: type[_T],
-        tensor: torch.Tensor,
-        quantizer: AffineQuantizerBase,
-        low: torch.Tensor,
-        high: torch.Tensor,
-    ) -> _T:
-        """:meth:`_adopt` with the encoding that a quantizer has at the range ``[low, high]``."""
-        return cls._adopt(tensor, _RangeOf(quantizer, low, high))
+    def _adopt_fresh(cls: type[_T], tensor: torch.Tensor, encoding: EncodingBase | _RangeOf) -> _T:
+        """:meth:`_adopt` for a tensor that nobody has written to yet, as every kernel's output
+        is.
+        """
+        if type(tensor) is not torch.Tensor:
+            return tensor  # type: ignore[return-value]
+        tensor.__class__ = cls  # type: ignore[assignment]
+        tensor._encoding = encoding  # type: ignore[attr-defined]
+        return tensor  # type: ignore[return-value]
 
     @property
     def encoding(self) -> EncodingBase | None:
@@ -119,7 +139,8 @@ class QuantizedTensorBase(torch.Tensor):
         encoding = self.encoding
         if encoding is None:
             raise EncodingError(
-                f"this {type(self).__name__} of shape {tuple(self.shape)} has no encoding: it was made without one, or "
+                f"this {type(self).__name__} of shape {tuple(self.shape)} has no encoding: it was "
+                "made without one, or "
                 "an operator changed its values or regrouped its channels"
             )
         return encoding
@@ -133,10 +154,14 @@ class QuantizedTensorBase(torch.Tensor):
         raise NotImplementedError
 
     def quantized_repr(self) -> torch.Tensor:
-        """The grid indices as a plain tensor of an integer dtype (for float grids: of the float dtype)."""
+        """The grid indices as a plain tensor of an integer dtype (for float grids: of the float
+        dtype).
+        """
         raise NotImplementedError
 
-    def clone(self: _T, *, memory_format: torch.memory_format = torch.preserve_format) -> _T:
+    def clone(  # type: ignore[override]
+        self: _T, *, memory_format: torch.memory_format = torch.preserve_format
+    ) -> _T:
         """A copy with a copy of the encoding."""
         encoding = self.encoding
         with _disable_torch_function():
@@ -215,6 +240,8 @@ class QuantizedTensorBase(torch.Tensor):
         if func in _KEEPS_ANY:
             return _with_encoding(out, self, self.encoding)
         if func in _CASTS:
+            if out is self:
+                return self
             if not isinstance(out, torch.Tensor) or not out.is_floating_point():
                 return _as_plain(out)
             encoding = self.encoding
@@ -223,7 +250,9 @@ class QuantizedTensorBase(torch.Tensor):
             encoding = self.encoding if out is not self else self._peek()
             per_tensor = encoding is not None and encoding.granularity == "pertensor"
             return _with_encoding(out, self, encoding if per_tensor else None)
-        if out is self and getattr(func, "__name__", "").rstrip("_") != getattr(func, "__name__", ""):
+        if out is self and getattr(func, "__name__", "").rstrip("_") != getattr(
+            func, "__name__", ""
+        ):
             self._encoding = None
         return out
 
@@ -320,7 +349,7 @@ class DequantizedTensor(QuantizedTensorBase):
         return encoding.quantize(plain.to(wide)).to(encoding.dtype)  # type: ignore[attr-defined]
 
 
-# -- which operators keep an encoding ----------------------------------------------------------------------------------
+# -- which operators keep an encoding --------------------------------------------------------------
 
 
 def _functions(*names: str) -> set[Any]:
@@ -328,7 +357,7 @@ def _functions(*names: str) -> set[Any]:
     found: set[Any] = set()
     for name in names:
         for owner in (torch, torch.Tensor):
-            function = getattr(owner, name, None)
+            function: Any = getattr(owner, name, None)
             if isinstance(function, property) or type(function).__name__ == "getset_descriptor":
                 function = function.__get__
             if callable(function):
@@ -342,20 +371,24 @@ _CASTS = _functions(
     "bool", "char", "short", "int", "long", "byte",
 )  # fmt: skip
 _KEEPS_PER_TENSOR = _functions(
-    "__getitem__", "as_strided", "as_strided_copy", "broadcast_to", "chunk", "dsplit", "expand", "expand_as",
-    "expand_copy", "flatten", "flip", "fliplr", "flipud", "gather", "hsplit", "index_select", "kthvalue",
-    "masked_select", "mH", "moveaxis", "movedim", "mT", "msort", "narrow", "narrow_copy", "permute", "permute_copy",
-    "ravel", "repeat", "repeat_interleave", "reshape", "reshape_as", "resize", "resize_", "resize_as", "resize_as_",
-    "roll", "rot90", "select", "split", "split_with_sizes", "squeeze", "squeeze_", "squeeze_copy", "swapaxes",
-    "swapdims", "T", "t", "t_", "t_copy", "take", "take_along_dim", "tensor_split", "tile", "transpose", "transpose_",
-    "unbind", "unflatten", "unsqueeze", "unsqueeze_", "unsqueeze_copy", "view", "view_as", "view_copy", "vsplit",
-    "swapaxes_", "swapdims_",
+    "     ", "__getitem__", "as_strided", "as_strided_copy", "broadcast_to", "chunk", "dsplit",
+    "expand", "expand_as", "expand_copy", "flatten", "flip", "fliplr", "flipud", "gather",
+    "hsplit", "index_select", "kthvalue", "masked_select", "mH", "moveaxis", "movedim", "msort",
+    "mT", "narrow", "narrow_copy", "permute", "permute_copy", "ravel", "repeat",
+    "repeat_interleave", "reshape", "reshape_as", "resize", "resize_", "resize_as",
+    "resize_as_", "roll", "rot90", "select", "split", "split_with_sizes", "squeeze", "squeeze_",
+    "squeeze_copy", "swapaxes", "swapaxes_", "swapdims", "swapdims_", "t", "T", "t_", "t_copy",
+    "take", "take_along_dim", "tensor_split", "tile", "transpose", "transpose_", "unbind",
+    "unflatten", "unsqueeze", "unsqueeze_", "unsqueeze_copy", "view", "view_as", "view_copy",
+    "vsplit",
 )  # fmt: skip
 _KEEPS_PER_TENSOR.add(torch.functional.split)
 
 
 def _scaled(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Multiplication or division by a Python number: the grid scales along, where there is one that fits."""
+    """Multiplication or division by a Python number: the grid scales along, where there is one
+    that fits.
+    """
     with _disable_torch_function():
         out = func(*args, **kwargs)
     divides = func in _DIVISIONS

@@ -10,21 +10,23 @@ from torch import nn
 from rimet._graph import Twin
 from rimet.common.defs import QuantScheme
 from rimet.nn import BaseQuantizationMixin, QuantizationMixin, UnknownModuleError
+from rimet.quantization import encoding_analyzer
 from rimet.quantization.affine import QuantizeDequantize
 from rimet.quantization.base import QuantizerBase
-from rimet.quantization import encoding_analyzer as analyzers
 from rimet.quantization.encoding_analyzer import EncodingAnalyzer
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_ANALYZERS: dict[QuantScheme, Any] = {
-    QuantScheme.min_max: analyzers.MinMaxEncodingAnalyzer,
-    QuantScheme.training_range_learning_with_tf_init: analyzers.MinMaxEncodingAnalyzer,
-    QuantScheme.post_training_tf_enhanced: lambda shape: analyzers.SqnrEncodingAnalyzer(shape, num_bins=512),
-    QuantScheme.training_range_learning_with_tf_enhanced_init: lambda shape: analyzers.SqnrEncodingAnalyzer(
-        shape, num_bins=512
+# Scheme -> (name in rimet.quantization.encoding_analyzer, options)
+_ANALYZERS: dict[QuantScheme, tuple[str, dict[str, Any]]] = {
+    QuantScheme.min_max: ("MinMaxEncodingAnalyzer", {}),
+    QuantScheme.training_range_learning_with_tf_init: ("MinMaxEncodingAnalyzer", {}),
+    QuantScheme.post_training_tf_enhanced: ("SqnrEncodingAnalyzer", {"num_bins": 512}),
+    QuantScheme.training_range_learning_with_tf_enhanced_init: (
+        "SqnrEncodingAnalyzer",
+        {"num_bins": 512},
     ),
-    QuantScheme.post_training_percentile: lambda shape: analyzers.PercentileEncodingAnalyzer(shape),
+    QuantScheme.post_training_percentile: ("PercentileEncodingAnalyzer", {}),
 }
 
 
@@ -33,15 +35,18 @@ def analyzer_for(scheme: QuantScheme, shape: tuple[int, ...]) -> EncodingAnalyze
 
     Raises:
         NotImplementedError: the scheme has no way to find a first range (``training_range_learning``).
+        RuntimeError: the scheme's analyzer is not part of this build.
     """
-    try:
-        make = _ANALYZERS[scheme]
-    except KeyError:
+    if scheme not in _ANALYZERS:
         raise NotImplementedError(
             f"quant_scheme: {scheme} says nothing about the range to start from; use "
             "training_range_learning_with_tf_init or training_range_learning_with_tf_enhanced_init"
-        ) from None
-    analyzer: EncodingAnalyzer[Any] = make(shape)
+        )
+    name, options = _ANALYZERS[scheme]
+    make = getattr(encoding_analyzer, name, None)
+    if make is None:
+        raise RuntimeError(f"quant_scheme: {scheme.name} needs {name}, which this build does not have")
+    analyzer: EncodingAnalyzer[Any] = make(shape, **options)
     return analyzer
 
 
@@ -192,3 +197,25 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
     return model
+
+
+def forbid_fast_paths(model: nn.Module) -> None:
+    """Keeps torch's fused encoder layer from computing around the quantized modules inside of it.
+
+    ``nn.TransformerEncoderLayer`` hands its parts' weights to one fused kernel in evaluation mode without gradients,
+    unless its activation is none that the kernel knows.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
+def allow_fast_paths(model: nn.Module) -> None:
+    """Takes :func:`forbid_fast_paths` back."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            activation = module.activation
+            if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
+                module.activation_relu_or_gelu = 1
+            elif activation is nn.functional.gelu or isinstance(activation, nn.GELU):
+                module.activation_relu_or_gelu = 2

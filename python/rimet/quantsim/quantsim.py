@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -22,7 +23,6 @@ from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
-from rimet.quantization import encoding_analyzer as analyzers
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
 
@@ -204,6 +204,7 @@ class QuantizationSimModel:
         # Nothing fails from here on, so that an error leaves the model as it was.
         replacements = {id(recording.modules[path]): twin for path, twin in twins.items()}
         self.model = _placing.replace_modules(model, replacements)
+        _placing.forbid_fast_paths(self.model)
         for reused in plan["reused"]:
             logger.warning(
                 "%s runs more than once and holds no parameters: it gets no quantizers, since one range "
@@ -211,7 +212,8 @@ class QuantizationSimModel:
                 reused,
             )
 
-        self._recording = recording
+        # The unquantized modules have served their purpose.
+        self._recording = dataclasses.replace(recording, modules={})
         self._connected_graph: ConnectedGraph | None = None
         self._quant_scheme = scheme
         self._default_output_bw = default_output_bw
@@ -317,9 +319,9 @@ class QuantizationSimModel:
             raise ValueError(f"percentile_value: expected 90 to 100, got {percentile_value}")
         self._percentile_value = float(percentile_value)
         for quantizer in self.quantizers():
-            analyzer = getattr(quantizer, "encoding_analyzer", None)
-            if isinstance(analyzer, analyzers.PercentileEncodingAnalyzer):
-                analyzer.set_percentile(percentile_value)
+            set_percentile = getattr(quantizer.encoding_analyzer, "set_percentile", None)
+            if set_percentile is not None:
+                set_percentile(percentile_value)
 
     def exclude_param_from_quantization(self, param_name_to_exclude: str) -> None:
         """Removes the quantizers of all parameters of that name (``"weight"``, ``"bias"``)."""
@@ -583,7 +585,9 @@ class QuantizationSimModel:
                     plain = parameter.data.as_subclass(torch.Tensor)
                     setattr(module, name, nn.Parameter(plain, parameter.requires_grad))
             replacements[id(module)] = module.get_original_module()
-        return _placing.replace_modules(model, replacements)
+        model = _placing.replace_modules(model, replacements)
+        _placing.allow_fast_paths(model)
+        return model
 
     def export(
         self,
@@ -703,11 +707,8 @@ class QuantizationSimModel:
         return f"QuantizationSimModel({enabled} quantizers in {modules} modules)\n{self.model}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph is the record of one run; its module objects and engine handle stay behind.
-        state = dict(self.__dict__)
-        state["_recording"] = None
-        state["_connected_graph"] = None
-        return state
+        # The view refers to modules of this object's model; a copy makes its own.
+        return {**self.__dict__, "_connected_graph": None}
 
 
 def _version() -> str:
@@ -717,7 +718,7 @@ def _version() -> str:
 
 
 def compute_encodings_for_sims(
-    sims: Sequence[QuantizationSimModel],
+    sim_list: Sequence[QuantizationSimModel],
     forward_pass_callback: Callable[..., Any],
     forward_pass_callback_args: Any = _NOT_SPECIFIED,
 ) -> None:
@@ -730,9 +731,9 @@ def compute_encodings_for_sims(
     """
     args = () if forward_pass_callback_args is _NOT_SPECIFIED else (forward_pass_callback_args,)
     with contextlib.ExitStack() as stack:
-        for sim in sims:
+        for sim in sim_list:
             stack.enter_context(sim._calibrating())
-        forward_pass_callback([sim.model for sim in sims], *args)
+        forward_pass_callback([sim.model for sim in sim_list], *args)
 
 
 def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, pytorch_encoding_path: str) -> None:

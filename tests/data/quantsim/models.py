@@ -412,6 +412,35 @@ class Unused(nn.Module):
         return self.sub(self.relu(y), y / 3.0)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, ops: Any) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.lstm = nn.LSTM(6, 4, batch_first=True)
+        self.gru = nn.GRU(4, 4, batch_first=True)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y, _ = self.lstm(self.embed(tokens))
+        z, _ = self.gru(y)
+        return self.fc(z[:, -1])
+
+
+class Activations(nn.Module):
+    """Activations with and without ONNX names, pads and pools, one after the other."""
+
+    def __init__(self, ops: Any) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.Hardtanh(), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU6(),
+            nn.ZeroPad2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.PReLU(4),
+            nn.Dropout2d(0.1), nn.LogSoftmax(1), nn.Softsign(), nn.AvgPool2d(2), nn.MaxPool2d(2),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 def _image(*shape: int) -> Callable[[], tuple[torch.Tensor, ...]]:
     return lambda: (wave(shape, 0.37, 1.5),)
 
@@ -436,6 +465,8 @@ MODELS: dict[str, tuple[Callable[[Any], nn.Module], Callable[[], tuple[torch.Ten
     "unet": (UNet, _image(2, 3, 8, 8)),
     "shuffle": (Shuffle, _image(2, 3, 6, 6)),
     "transformer": (Transformer, lambda: (torch.arange(10).reshape(2, 5) % 11,)),
+    "recurrent": (Recurrent, lambda: (torch.arange(8).reshape(2, 4) % 7,)),
+    "activations": (Activations, _image(2, 3, 10, 10)),
     "modular": (Modular, _image(4, 8)),
     "reused": (Reused, _image(2, 3, 6, 6)),
     "preact": (PreAct, _image(2, 3, 6, 6)),

@@ -25,6 +25,8 @@ CONFIGS = {
     "default": (None, 8, 8),
     "per_tensor_w4a16": (utils.get_path_for_per_tensor_config(), 16, 4),
     "htp_v73_w8a16": ("htp_v73", 16, 8),
+    "htp_v69_w8a8": ("htp_v69", 8, 8),
+    "enpu_v7_w4a8": ("enpu_v7", 8, 4),
 }
 
 

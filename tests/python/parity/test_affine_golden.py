@@ -141,12 +141,29 @@ def test_half_precision_is_within_one_level_of_aimet(case: Case) -> None:
     assert (off > 2 * ulp).double().mean() <= 0.1
 
 
-@pytest.mark.parametrize("case", select(*AFFINE, where=lambda case: refused(case)))
-def test_what_aimet_refuses_for_its_geometry_is_refused(case: Case) -> None:
-    if case.block_size is None:
-        pytest.xfail("a level that the dtype cannot hold: see docs/numerics.md")
+def bad_geometry(case: Case) -> bool:
+    return refused(case) and case.block_size is not None
+
+
+def coarse_levels(case: Case) -> bool:
+    """AIMET's quantize refuses grids whose ends the tensor's dtype cannot hold."""
+    return refused(case) and case.block_size is None
+
+
+@pytest.mark.parametrize("case", select(*AFFINE, where=bad_geometry))
+def test_geometry_that_aimet_refuses_is_refused(case: Case) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         run(case, torch.ops.rimet)
+
+
+@pytest.mark.parametrize("case", select(*AFFINE, where=coarse_levels))
+def test_levels_that_the_dtype_cannot_hold_are_rounded_to_it(case: Case) -> None:
+    assert case.kind == "quantize"
+    wide = torch.float64 if beyond_float32(case) else torch.float32
+    tensors = [case.inputs[key] for key in ("x", "scale", "offset")]
+    expected = reference.quantize(*tensors, *case.settings, compute_dtype=wide).to(case.x.dtype)
+    actual = run(case, torch.ops.rimet)["y"]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

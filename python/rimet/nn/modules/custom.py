@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rimet.nn.mixin import QuantizationMixin
+from rimet.nn.mixin import QuantizationMixin, quantize_outputs
 from rimet.nn.registry import stateless, twin
+from rimet.nn.slots import quantize_each
 
 # -- one function, one module --------------------------------------------------------------------------------------------
 
@@ -620,8 +621,47 @@ QuantizedAsin = stateless(Asin)
 QuantizedAtan = stateless(Atan)
 QuantizedAvgPool2d = stateless(AvgPool2d)
 QuantizedBaddbmm = stateless(Baddbmm, 3)
+
+
+def _quantized_batch_norm(
+    self: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """``torch.nn.functional.batch_norm`` on quantized tensors.
+
+    :raises RuntimeError: in training mode with a quantizer for the running statistics: these are updated in place
+    """
+    slots = self._modules["input_quantizers"]._modules
+    if training and (slots["1"] is not None or slots["2"] is not None):
+        raise RuntimeError(
+            "QuantizedBatchNorm: input_quantizers[1], input_quantizers[2]: the running statistics cannot be "
+            "quantized while they are updated (training=True)"
+        )
+    # Statistics have no gradient, and torch refuses those that ask for one.
+    with torch.no_grad():
+        statistics = tuple(
+            quantize_each(
+                self, "input_quantizers", {"0": slots["1"], "1": slots["2"]}, (running_mean, running_var)
+            )
+        )
+    others = {"0": slots["0"], "1": slots["3"], "2": slots["4"]}
+    x, weight, bias = quantize_each(self, "input_quantizers", others, (input, weight, bias))
+    output = F.batch_norm(x, *statistics, weight, bias, training, momentum, eps)
+    return quantize_outputs(self, output)
+
+
+_quantized_batch_norm.__name__ = "forward"
 QuantizedBatchNorm = stateless(
-    BatchNorm, ("input", "running_mean", "running_var", "weight", "bias")
+    BatchNorm,
+    ("input", "running_mean", "running_var", "weight", "bias"),
+    namespace={"forward": _quantized_batch_norm},
 )
 QuantizedBmm = stateless(Bmm, 2)
 QuantizedChannelShuffle = stateless(ChannelShuffle)
@@ -638,7 +678,7 @@ QuantizedDynamicLinear = stateless(DynamicLinear, 3, function=F.linear)
 QuantizedElementwiseCeil = stateless(ElementwiseCeil)
 QuantizedElementwiseFloor = stateless(ElementwiseFloor)
 QuantizedErf = stateless(Erf)
-QuantizedExpand = stateless(Expand)
+QuantizedExpand = stateless(Expand, like=lambda self, x, *args: None)
 QuantizedExponential = stateless(Exponential)
 QuantizedFloorDivide = stateless(FloorDivide, ("input", "other"))
 QuantizedFmod = stateless(Fmod, ("input", "other"))
@@ -654,7 +694,9 @@ QuantizedLogicalAnd = stateless(LogicalAnd, 2)
 QuantizedLogicalNot = stateless(LogicalNot)
 QuantizedLogicalOr = stateless(LogicalOr, 2)
 # The mask is boolean, the value a number or a tensor.
-QuantizedMaskedFill = stateless(MaskedFill, ("x", "mask", "value"))
+QuantizedMaskedFill = stateless(
+    MaskedFill, ("x", "mask", "value"), like=lambda self, x, mask, value: None
+)
 QuantizedMatMul = stateless(MatMul, ("input", "other"))
 QuantizedMax = stateless(Max)
 QuantizedMaxPool2d = stateless(MaxPool2d)
@@ -666,7 +708,7 @@ QuantizedMultiply = stateless(Multiply, 2)
 QuantizedNeg = stateless(Neg)
 QuantizedNorm = stateless(Norm)
 QuantizedNormalize = stateless(Normalize)
-QuantizedNullRequant = stateless(NullRequant)
+QuantizedNullRequant = stateless(NullRequant, like=lambda self, x, shape: None)
 QuantizedOneHot = stateless(OneHot)
 QuantizedOuter = stateless(Outer, 2)
 QuantizedPad = stateless(Pad)
@@ -685,7 +727,9 @@ QuantizedScatterND = stateless(ScatterND, 3)
 QuantizedSelect = stateless(Select)
 QuantizedSin = stateless(Sin)
 # One quantizer for all parts: they are one tensor still.
-QuantizedSplit = stateless(Split, shared_output=True)
+QuantizedSplit = stateless(
+    Split, shared_output=True, like=lambda self, tensor, *args, **kwargs: None
+)
 QuantizedSqrt = stateless(Sqrt)
 QuantizedSquare = stateless(Square)
 QuantizedStridedSlice = stateless(StridedSlice)

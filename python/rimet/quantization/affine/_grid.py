@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,18 +39,21 @@ def check_block_size(
     return block
 
 
+_signature = functools.lru_cache(inspect.signature)
+
+
 def bind_grid_arguments(
     name: str, forms: Sequence[Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Bind arguments to the first form (an overload's signature) that takes them.
 
-    The two forms of a grid are told apart by their second argument from the left that is no int: in
-    ``(qmin, qmax, symmetric)`` it comes third, in ``(bitwidth, symmetric)`` second.
+    Arguments annotated ``int`` or ``bool`` have to be that, which tells ``(qmin, qmax, symmetric)``
+    from ``(bitwidth, symmetric)``.
 
     :raises TypeError: no form fits; the message lists the forms
     """
     for form in forms:
-        signature = inspect.signature(form)
+        signature = _signature(form)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
@@ -89,9 +92,6 @@ class AffineGrid:
     def _num_steps(self) -> int:
         return self.qmax - self.qmin
 
-    def _centre(self) -> int:
-        return math.ceil((self.qmax + self.qmin) / 2)
-
     def _integer_kind(self, attribute: str) -> tuple[int, bool]:
         """``(bitwidth, signed)`` of a grid that is all of an integer type."""
         bits = (self.qmax - self.qmin + 1).bit_length() - 1
@@ -99,7 +99,8 @@ class AffineGrid:
             if bits >= 1 and grid_of_bitwidth(bits, signed) == (self.qmin, self.qmax):
                 return bits, signed
         raise RuntimeError(
-            f"{type(self).__name__}.{attribute}: the grid [{self.qmin}, {self.qmax}] is not all of an integer type; "
+            f"{type(self).__name__}.{attribute}: the grid [{self.qmin}, {self.qmax}] is not all "
+            "of an integer type; "
             "use qmin and qmax"
         )
 

@@ -30,7 +30,8 @@ def check_encoding_version(version: str | None) -> str:
     """
     if version not in VALID_ENCODING_VERSIONS:
         raise ValueError(
-            f"encoding_version: expected one of {', '.join(VALID_ENCODING_VERSIONS)}, got {version!r}"
+            f"encoding_version: expected one of {', '.join(VALID_ENCODING_VERSIONS)}, got "
+            f"{version!r}"
         )
     return version
 
@@ -47,7 +48,9 @@ def target_dtype(*args: Any, **kwargs: Any) -> torch.dtype | None:
 
 
 def granularity_of(scale: Any, block_size: Sequence[int] | None) -> str | None:
-    """How many elements share a scale: ``pertensor``, ``perchannel``, ``blockwise`` or ``unknown``."""
+    """How many elements share a scale: ``pertensor``, ``perchannel``, ``blockwise`` or
+    ``unknown``.
+    """
     if not isinstance(scale, torch.Tensor):
         return None
     if block_size is not None and scale.dim() > 0:
@@ -62,16 +65,19 @@ def channel_and_block_axes(
 ) -> tuple[int | None, int | None, int | None]:
     """``(channel axis, block axis, block size)`` of a scale, axes counted from the back.
 
-    :raises RuntimeError: more than one axis of a kind, blocks without channels, or a block size of ``-1`` and no hint
+    :raises RuntimeError: more than one axis of a kind, blocks without channels, or a block size of
+        ``-1`` and no hint
     :raises ValueError: the hinted input has fewer dimensions than the scale
     """
     ndim = len(shape)
     if input_shape is not None and len(input_shape) < ndim:
         raise ValueError(
-            f"input shape: expected at least the {ndim} dimensions of the scale, got {tuple(input_shape)}"
+            f"input shape: expected at least the {ndim} dimensions of the scale, got "
+            f"{tuple(input_shape)}"
         )
     trailing = None if input_shape is None else tuple(input_shape)[len(input_shape) - ndim :]
-    channels, blocks = [], []
+    channels: list[tuple[int, int]] = []
+    blocks: list[tuple[int, int]] = []
     for axis, dim in enumerate(shape):
         if dim == 1:
             continue
@@ -86,12 +92,13 @@ def channel_and_block_axes(
     if len(blocks) > 1:
         raise RuntimeError(f"expected at most one block axis, got axes {[a for a, _ in blocks]}")
     if len(channels) > 1:
-        raise RuntimeError(f"expected at most one channel axis, got axes {[a for a, _ in channels]}")
+        raise RuntimeError(
+            f"expected at most one channel axis, got axes {[a for a, _ in channels]}"
+        )
     if blocks and not channels:
         raise RuntimeError(f"block axis {blocks[0][0]} goes without a channel axis")
     channel = channels[0][0] if channels else None
-    block, size = blocks[0] if blocks else (None, None)
-    return channel, block, size
+    return (channel, *blocks[0]) if blocks else (channel, None, None)
 
 
 def to_list(values: torch.Tensor) -> Any:
@@ -128,14 +135,16 @@ class AffineEncoding(EncodingBase, AffineGrid):
     r"""An integer grid ``[qmin, qmax]`` with scale and offset.
 
     .. math::
-        x_{int} = clamp(round(x / scale) - offset, qmin, qmax), \quad x = (x_{int} + offset) \cdot scale
+        x_{int} = clamp(round(x / scale) - offset, qmin, qmax), \quad x = (x_{int} + offset) \cdot
+        scale
 
     :param scale: floating-point tensor in the encoding shape, positive
     :param offset: tensor in the encoding shape; minus torch's and ONNX's zero point
     :param qmin, qmax: ends of the grid
     :param bitwidth, signed: instead of ``qmin`` and ``qmax``: all of an integer type
     :param symmetry: whether the grid is meant to be symmetric about zero
-    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever divides
+    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever
+        divides
     :param zero_point_shift: 0.0 or 0.5, added to the offset when values are computed
     :param producer: the quantizer this comes from
     :raises TypeError: arguments in none of the two forms
@@ -179,9 +188,7 @@ class AffineEncoding(EncodingBase, AffineGrid):
     ) -> None:
         given = bind_grid_arguments(type(self).__name__, _FORMS, args, kwargs)
         if "bitwidth" in given:
-            given["qmin"], given["qmax"] = grid_of_bitwidth(
-                int(given["bitwidth"]), given["signed"]
-            )
+            given["qmin"], given["qmax"] = grid_of_bitwidth(int(given["bitwidth"]), given["signed"])
         if given["qmin"] >= given["qmax"]:
             raise ValueError(
                 f"qmin: expected less than qmax = {given['qmax']}, got {given['qmin']}"
@@ -196,7 +203,7 @@ class AffineEncoding(EncodingBase, AffineGrid):
         self._zero_point_shift = 0.0 if shift is None else float(shift)
         self.producer = given["producer"]
 
-    # -- what it says of itself ----------------------------------------------------------------------------------------
+    # -- what it says of itself --------------------------------------------------------------------
 
     @property
     def mapping(self) -> str:
@@ -205,7 +212,9 @@ class AffineEncoding(EncodingBase, AffineGrid):
 
     @property
     def granularity(self) -> str | None:
-        """``"pertensor"``, ``"perchannel"``, ``"blockwise"`` or ``"unknown"``; ``None`` for scales that are no tensors."""
+        """``"pertensor"``, ``"perchannel"``, ``"blockwise"`` or ``"unknown"``; ``None`` for scales
+        that are no tensors.
+        """
         return granularity_of(self.scale, self.block_size)
 
     @property
@@ -262,7 +271,7 @@ class AffineEncoding(EncodingBase, AffineGrid):
             parts.append(f"zero_point_shift={self._zero_point_shift}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    # -- use -----------------------------------------------------------------------------------------------------------
+    # -- use ---------------------------------------------------------------------------------------
 
     def quantize(self, input: torch.Tensor) -> torch.Tensor:
         """Real values to grid indices, in the dtype of ``input``.
@@ -270,9 +279,14 @@ class AffineEncoding(EncodingBase, AffineGrid):
         :raises RuntimeError: the encoding has a zero point shift, or its shape does not fit
         """
         return _backends.quantize(
-            input, self.scale, self.offset, self.qmin, self.qmax, self.block_size,
+            input,
+            self.scale,
+            self.offset,
+            self.qmin,
+            self.qmax,
+            self.block_size,
             zero_point_shift=self._zero_point_shift,
-        )  # fmt: skip
+        )
 
     def dequantize(self, input: torch.Tensor) -> torch.Tensor:
         """Grid indices to real values, in the dtype of ``input``."""
@@ -282,9 +296,14 @@ class AffineEncoding(EncodingBase, AffineGrid):
     def quantize_dequantize(self, input: torch.Tensor) -> torch.Tensor:
         """Real values to the nearest values on the grid, in the dtype of ``input``."""
         return _backends.quantize_dequantize(
-            input, self.scale, self.offset, self.qmin, self.qmax, self.block_size,
+            input,
+            self.scale,
+            self.offset,
+            self.qmin,
+            self.qmax,
+            self.block_size,
             zero_point_shift=self._zero_point_shift,
-        )  # fmt: skip
+        )
 
     def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.scale = function(self.scale)
@@ -299,7 +318,8 @@ class AffineEncoding(EncodingBase, AffineGrid):
         return self._mapped(lambda tensor: tensor.to(*args, **kwargs))
 
     def _scaled(self: _Self, factor: float) -> _Self | None:
-        """The grid with every value multiplied by ``factor``; ``None`` if that is none on the same integers.
+        """The grid with every value multiplied by ``factor``; ``None`` if that is none on the same
+        integers.
 
         A negative factor mirrors the grid, which moves the offset to that of the other end.
         """
@@ -311,14 +331,15 @@ class AffineEncoding(EncodingBase, AffineGrid):
             new.offset = -self.offset - (self.qmin + self.qmax)
         return new
 
-    # -- files ---------------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     def to_qnn_encoding_dict(
         self, encoding_version: str | None = None
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """The grid as an entry of an encodings file.
 
-        :param encoding_version: ``"0.6.1"`` (a list of dicts), ``"1.0.0"``, ``"2.0.0"`` or ``"2.1.0"`` (a dict)
+        :param encoding_version: ``"0.6.1"`` (a list of dicts), ``"1.0.0"``, ``"2.0.0"`` or
+            ``"2.1.0"`` (a dict)
         :raises ValueError: another version
         :raises RuntimeError: the version cannot express the granularity, or an axis cannot be told
         """
@@ -388,7 +409,8 @@ class AffineEncoding(EncodingBase, AffineGrid):
                 entry["block_size"] = size
         else:
             raise RuntimeError(
-                f"encodings of version 1.0.0 have scales per tensor, channel or block; got scales of shape "
+                "encodings of version 1.0.0 have scales per tensor, channel or block; got scales "
+                "of shape "
                 f"{tuple(self.scale.shape)} without a block size"
             )
         if self._zero_point_shift:
@@ -426,9 +448,11 @@ class GroupedBlockEncoding(AffineEncoding):
     r"""A blockwise grid whose scales are integer multiples of a scale per group of blocks (LPBQ).
 
     .. math::
-        scale = s_{int} \cdot s_{group}, \quad s_{int} \in \{1, \dots, 2^{decompressed\_bw - bitwidth}\}
+        scale = s_{int} \cdot s_{group}, \quad s_{int} \in \{1, \dots, 2^{decompressed\_bw -
+        bitwidth}\}
 
-    :param block_grouping: blocks per group, one entry per dimension of ``scale``; ``-1``: all of an axis
+    :param block_grouping: blocks per group, one entry per dimension of ``scale``; ``-1``: all of an
+        axis
     :param decompressed_bw: bit-width of ``x_int * s_int``
     :param per_channel_scale: scale per group
     """
@@ -465,7 +489,8 @@ class GroupedBlockEncoding(AffineEncoding):
     def _grouping(self) -> tuple[torch.Tensor, int]:
         if self.per_channel_scale is None or self.decompressed_bw is None:
             raise RuntimeError(
-                "a grouped-block encoding needs per_channel_scale and decompressed_bw to be split in two levels"
+                "a grouped-block encoding needs per_channel_scale and decompressed_bw to be split "
+                "in two levels"
             )
         return self.per_channel_scale, self.decompressed_bw
 
@@ -482,13 +507,22 @@ class GroupedBlockEncoding(AffineEncoding):
         levels = 2 ** (decompressed_bw - self.bitwidth)
         return torch.round(self.scale / expanded).clamp(1, levels)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether every block is a group: then nothing is gained by two levels, and files say
+        PER_BLOCK.
+        """
+        return self.block_grouping is None or all(size == 1 for size in self.block_grouping)
+
     def _to_version_1(self) -> dict[str, Any]:
+        if self._is_plain:
+            return super()._to_version_1()
         group_scale, decompressed_bw = self._grouping()
         _, axis, size = channel_and_block_axes(
             self.scale.shape, self.block_size, self._input_shape_hint
         )
         if axis is None:
-            size = self._single_block_size()
+            size = self._only_block_size()
         return {
             "dtype": "INT",
             "bw": decompressed_bw,
@@ -501,28 +535,29 @@ class GroupedBlockEncoding(AffineEncoding):
             "per_block_int_scale": to_list(self.per_block_int_scale.flatten().to(torch.int64)),
         }
 
-    def _single_block_size(self) -> int:
+    def _only_block_size(self) -> int:
         """Size of the blocks where each is a whole axis."""
         sizes = [size for size in self.block_size or () if size != 1]
         if len(sizes) != 1 or sizes[0] == -1:
             raise RuntimeError(
-                f"the block axis of scales of shape {tuple(self.scale.shape)} with block size {self.block_size} "
+                f"the block axis of scales of shape {tuple(self.scale.shape)} with block size "
+                f"{self.block_size} "
                 "cannot be told"
             )
         return sizes[0]
 
     def _to_version_2(self, version: str) -> dict[str, Any]:
+        if self._is_plain:
+            return super()._to_version_2(version)
         group_scale, _ = self._grouping()
-        channel, axis, size = channel_and_block_axes(
+        channel, block, size = channel_and_block_axes(
             self.scale.shape, self.block_size, self._input_shape_hint
         )
-        if axis is None:
-            axis, size = self._whole_block_axis()
         int_scale = to_list(self.per_block_int_scale.to(torch.int64))
+        axes = {"axis": channel} if block is None else {"axis": block, "block_size": size}
         if version == "2.0.0":
             return {
-                "axis": axis,
-                "block_size": size,
+                **axes,
                 "per_block_int_scale": int_scale,
                 "per_channel_float_scale": to_list(group_scale),
                 "output_dtype": self._output_dtype(),
@@ -530,17 +565,13 @@ class GroupedBlockEncoding(AffineEncoding):
         return {
             "output_dtype": self._output_dtype(),
             "y_scale": {"x": int_scale, "x_scale": to_list(group_scale.flatten()), "axis": channel},
-            "axis": axis,
-            "block_size": size,
+            **axes,
         }
-
-    def _whole_block_axis(self) -> tuple[int, int]:
-        size = self._single_block_size()
-        return (self.block_size or ()).index(size) - self.scale.dim(), size
 
 
 class VectorEncoding(AffineEncoding):
-    """Affine scales of a tensor whose values come from a codebook (GPTVQ); a description for encodings files.
+    """Affine scales of a tensor whose values come from a codebook (GPTVQ); a description for
+    encodings files.
 
     :param rows_per_block, cols_per_block: shape of the blocks that share a codebook
     :param vector_dim: elements per codebook entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
@@ -17,6 +18,7 @@ from rimet.quantization.affine._grid import (
     check_block_size,
     grid_of_bitwidth,
 )
+from rimet.quantization.affine.backends.torch_builtins import straight_through_round
 from rimet.quantization.affine.encoding import AffineEncoding, GroupedBlockEncoding
 from rimet.quantization.base import EncodingBase, QuantizerBase
 from rimet.quantization.encoding_analyzer import (
@@ -28,6 +30,7 @@ from rimet.quantization.tensor import (
     DequantizedTensor,
     QuantizedTensor,
     QuantizedTensorBase,
+    _RangeOf,
 )
 
 __all__ = [
@@ -48,7 +51,9 @@ _NAN = float("nan")
 
 
 def _as_plain(input: torch.Tensor) -> torch.Tensor:
-    """The tensor without its subclass, so that its ``__torch_function__`` stays out of the kernels' way."""
+    """The tensor without its subclass, so that its ``__torch_function__`` stays out of the
+    kernels' way.
+    """
     return input.as_subclass(torch.Tensor) if isinstance(input, QuantizedTensorBase) else input
 
 
@@ -72,30 +77,35 @@ def _check_zero_point_shift(zero_point_shift: float | None) -> float:
 
 
 class AffineQuantizerBase(QuantizerBase, AffineGrid):
-    r"""Base of quantizers onto the integer grid ``[qmin, qmax]`` whose range ``[min, max]`` is a parameter.
+    r"""Base of quantizers onto the integer grid ``[qmin, qmax]`` whose range ``[min, max]`` is a
+    parameter.
 
     .. math::
         scale = \max\left(\frac{|max - min|}{qmax - qmin}, 2^{-23}\right), \quad
         offset = \begin{cases}
-            -\lceil (qmin + qmax) / 2 \rceil & \text{symmetric}\\
+            -round((qmin + qmax) / 2) & \text{symmetric}\\
             clamp(round(min / scale) - qmin, -qmax, -qmin) & \text{else}\end{cases}
 
-    (the smallest scale is lower on grids with very many steps). ``offset`` is minus the ``zero_point`` of torch and
-    ONNX.
+    (the smallest scale is lower on grids with very many steps). ``offset`` is minus the
+    ``zero_point`` of torch and ONNX.
 
-    :param shape: encoding shape: ``()`` per tensor, ``[C, 1, 1, 1]`` per channel; it broadcasts against the input, or
-        with ``block_size`` counts blocks
+    :param shape: encoding shape: ``()`` per tensor, ``[C, 1, 1, 1]`` per channel; it broadcasts
+        against the input, or with ``block_size`` counts blocks
     :param qmin, qmax: ends of the grid, ``qmin < qmax``
-    :param bitwidth: instead of ``qmin`` and ``qmax``: all of an integer type, signed if ``symmetric``
+    :param bitwidth: instead of ``qmin`` and ``qmax``: all of an integer type, signed if
+        ``symmetric``
     :param symmetric: whether the grid is symmetric about zero
-    :param encoding_analyzer: what calibration takes the range from; :class:`MinMaxEncodingAnalyzer` by default
-    :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever divides
+    :param encoding_analyzer: what calibration takes the range from; :class:`MinMaxEncodingAnalyzer`
+        by default
+    :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever
+        divides
     :param zero_point_shift: 0.0, or 0.5 for a grid that has no zero and is symmetric about it
     :raises TypeError: arguments in none of the two forms
     :raises ValueError: ``qmin >= qmax``, bad shape, block size or zero point shift
     :raises RuntimeError: the analyzer has another shape
 
-    Learned ranges: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), TQT (Jain et al. 2019, arXiv 1903.08066).
+    Learned ranges: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), TQT (Jain et al. 2019, arXiv
+    1903.08066).
     """
 
     min: nn.Parameter
@@ -145,14 +155,15 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             raise TypeError(f"encoding_analyzer: expected an EncodingAnalyzer, got {analyzer!r}")
         elif tuple(analyzer.observer.shape) != self.shape:
             raise RuntimeError(
-                f"encoding_analyzer: expected one of shape {self.shape}, got {tuple(analyzer.observer.shape)}"
+                f"encoding_analyzer: expected one of shape {self.shape}, got "
+                f"{tuple(analyzer.observer.shape)}"
             )
         self.encoding_analyzer = analyzer
 
         self.register_quantization_parameter("min", nn.Parameter(torch.full(self.shape, _NAN)))
         self.register_quantization_parameter("max", nn.Parameter(torch.full(self.shape, _NAN)))
 
-    # -- grid ----------------------------------------------------------------------------------------------------------
+    # -- grid --------------------------------------------------------------------------------------
 
     @property
     def symmetric(self) -> bool:
@@ -165,7 +176,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
     @property
     def bitwidth(self) -> int:
-        """Number of bits, for grids that are all of an integer type. Setting it keeps the signedness.
+        """Number of bits, for grids that are all of an integer type. Setting it keeps the
+        signedness.
 
         :raises RuntimeError: the grid is not all of an integer type
         """
@@ -173,7 +185,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
     @bitwidth.setter
     def bitwidth(self, bitwidth: int) -> None:
-        signed = self._signed
+        _, signed = self._integer_kind("bitwidth")
         self.qmin, self.qmax = grid_of_bitwidth(bitwidth, signed)
 
     @property
@@ -186,10 +198,10 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
     @signed.setter
     def signed(self, signed: bool) -> None:
-        bitwidth = self._bitwidth
+        bitwidth, _ = self._integer_kind("signed")
         self.qmin, self.qmax = grid_of_bitwidth(bitwidth, bool(signed))
 
-    # -- range ---------------------------------------------------------------------------------------------------------
+    # -- range -------------------------------------------------------------------------------------
 
     def set_range(self, min: torch.Tensor | float, max: torch.Tensor | float) -> None:
         """Set the range, in place and whatever :meth:`allow_overwrite` says.
@@ -206,7 +218,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
                     value = value.expand(param.shape)
                 except RuntimeError:
                     raise RuntimeError(
-                        f"set_range: {name}: expected a shape that broadcasts to {tuple(param.shape)}, "
+                        f"set_range: {name}: expected a shape that broadcasts to "
+                        f"{tuple(param.shape)}, "
                         f"got {tuple(value.shape)}"
                     ) from None
                 if not value.is_meta and bool(value.isnan().any()):
@@ -217,9 +230,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         self._ready = True
 
     def _scale_and_offset(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return _ops.range_to_scale_offset(
-            self.min, self.max, self.qmin, self.qmax, self._symmetric
-        )
+        return _ops.range_to_scale_offset(self.min, self.max, self.qmin, self.qmax, self._symmetric)
 
     def get_scale(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """Step of the grid in the encoding shape, or ``None`` before initialization.
@@ -246,23 +257,27 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         return (offset + index + self.zero_point_shift) * scale
 
     def get_min(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """Smallest value on the grid, ``(qmin + offset + zero_point_shift) * scale``; ``None`` before initialization.
+        """Smallest value on the grid, ``(qmin + offset + zero_point_shift) * scale``; ``None``
+        before initialization.
 
         :param dtype: result's dtype; float32 by default
         """
         return self._end(self.qmin, dtype)
 
     def get_max(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """Largest value on the grid, ``(qmax + offset + zero_point_shift) * scale``; ``None`` before initialization.
+        """Largest value on the grid, ``(qmax + offset + zero_point_shift) * scale``; ``None``
+        before initialization.
 
         :param dtype: result's dtype; float32 by default
         """
         return self._end(self.qmax, dtype)
 
-    # -- forward -------------------------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def _observe(self, input: torch.Tensor) -> Any:
-        """Take the data into the statistics; return the statistics of this input alone (``None``: it is empty)."""
+        """Take the data into the statistics; return the statistics of this input alone (``None``:
+        it is empty).
+        """
         assert self.encoding_analyzer is not None
         if not input.is_floating_point():
             raise TypeError(
@@ -273,81 +288,99 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
                 return None
             return self.encoding_analyzer.update_stats(input.detach())
 
+    def _calibration_steps(self) -> int:
+        """Number of steps that calibration spreads the data over.
+
+        A shifted grid has no zero: half a step lies beyond the outermost values at either end.
+        """
+        return max(self._num_steps() - (1 if self.zero_point_shift else 0), 1)
+
     @torch.no_grad()
     def _apply_statistics(self) -> None:
         assert self.encoding_analyzer is not None
         try:
             low, high = self.encoding_analyzer.compute_encodings(
-                self._num_steps(), is_symmetric=self._symmetric
+                self._calibration_steps(), is_symmetric=self._symmetric
             )
         except StatisticsNotFoundError:
             return
         for name, param, value in (("min", self.min, low), ("max", self.max, high)):
             if self._is_overwrite_allowed[name]:
                 param.copy_(value.reshape(param.shape))
-        self._ready = False
+        # Data with NaN gives a range of NaN, which then is the result and not a lack of one.
+        self._ready = all(self._is_overwrite_allowed[name] for name in ("min", "max"))
 
-    def _dynamic_range(
-        self, input: torch.Tensor, stats: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _dynamic_range(self, input: torch.Tensor, stats: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.encoding_analyzer is not None
         if stats is None:
             zero = torch.zeros(self.shape, dtype=input.dtype, device=input.device)
             return zero, zero
         low, high = self.encoding_analyzer.compute_encodings_from_stats(
-            stats, self._num_steps(), is_symmetric=self._symmetric
+            stats, self._calibration_steps(), is_symmetric=self._symmetric
         )
         return low.reshape(self.shape), high.reshape(self.shape)
 
-    def _kernel(
-        self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-    ) -> torch.Tensor:
+    @abstractmethod
+    def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """The quantizer's map for a given range."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> QuantizedTensorBase:
         """A fresh plain tensor as one that knows its encoding."""
-        raise NotImplementedError
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(min, max)``, initialized."""
+        if not self._ready and not self.is_initialized():
+            self._raise_uninitialized()
+        parameters: Any = self._parameters
+        try:
+            return parameters["min"], parameters["max"]
+        except KeyError:
+            # Replicas and parametrized modules keep their parameters elsewhere, a slower look-up
+            # away.
+            return self.min, self.max
 
     def _forward_tensor(self, input: torch.Tensor) -> torch.Tensor:
         if self._calibrating:
             self._observe(_as_plain(input))
             return input
-        if not self._ready and not self.is_initialized():
-            self._raise_uninitialized()
-        return self._kernel(_as_plain(input), self.min, self.max)
+        low, high = self._range()
+        if isinstance(input, QuantizedTensorBase):
+            input = input.as_subclass(torch.Tensor)
+        return self._kernel(input, low, high)
 
     def forward(self, input: torch.Tensor) -> Any:
         """Quantize a tensor.
 
-        While calibrating (:meth:`compute_encodings`) the input is observed and quantized with its own range.
+        While calibrating (:meth:`compute_encodings`) the input is observed and quantized with its
+        own range.
 
         :param input: floating-point tensor of a shape that the encoding shape (and block size) fits
-        :return: a tensor of the same shape and dtype that knows its encoding; a plain tensor under ``torch.jit``,
-            ``torch.compile`` and ``torch.export``
+        :return: a tensor of the same shape and dtype that knows its encoding; a plain tensor under
+            ``torch.jit``, ``torch.compile`` and ``torch.export``
         :raises RuntimeError: no range has been set yet, or the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
-        input = _as_plain(input)
         if self._calibrating:
+            if self._pass_through:
+                return self._forward_tensor(input)
+            input = _as_plain(input)
             low, high = self._dynamic_range(input, self._observe(input))
         else:
-            if not self._ready and not self.is_initialized():
-                self._raise_uninitialized()
-            low, high = self.min, self.max
+            low, high = self._range()
+            if isinstance(input, QuantizedTensorBase):
+                input = input.as_subclass(torch.Tensor)
         output = self._kernel(input, low, high)
         if _is_compiling() or _is_tracing() is not None:
             return output
         return self._wrap(output, low, high)
 
-    # -- encodings -----------------------------------------------------------------------------------------------------
+    # -- encodings ---------------------------------------------------------------------------------
 
     def _encoding_of_range(self, low: torch.Tensor, high: torch.Tensor) -> AffineEncoding:
-        scale, offset = _ops.range_to_scale_offset(
-            low, high, self.qmin, self.qmax, self._symmetric
-        )
+        scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         return AffineEncoding(
             scale.to(torch.float32),
             offset.to(torch.float32),
@@ -371,7 +404,7 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         """
         if not isinstance(encodings, AffineEncoding):
             raise TypeError(f"encodings: expected an AffineEncoding, got {encodings!r}")
-        quantizer = cls(
+        quantizer = cls(  # type: ignore[abstract]
             tuple(encodings.scale.shape),
             encodings.qmin,
             encodings.qmax,
@@ -384,7 +417,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         return quantizer
 
     def set_encodings(self, encodings: EncodingBase) -> None:
-        """Take over the grid and range of ``encodings``; the encoding shape has to be this quantizer's.
+        """Take over the grid and range of ``encodings``; the encoding shape has to be this
+        quantizer's.
 
         :raises TypeError: not an :class:`AffineEncoding`
         :raises ValueError: another encoding shape
@@ -393,7 +427,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             raise TypeError(f"encodings: expected an AffineEncoding, got {encodings!r}")
         if tuple(encodings.scale.shape) != self.shape:
             raise ValueError(
-                f"encodings: expected scales of shape {self.shape}, got {tuple(encodings.scale.shape)}"
+                f"encodings: expected scales of shape {self.shape}, got "
+                f"{tuple(encodings.scale.shape)}"
             )
         self.qmin, self.qmax = encodings.qmin, encodings.qmax
         self._symmetric = bool(encodings.symmetry)
@@ -402,7 +437,9 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         self.set_range(encodings.min, encodings.max)
 
     def get_legacy_encodings(self) -> list[dict[str, Any]] | None:
-        """The grid in the form of an encodings file of version 0.6.1, one dict per scale; ``None`` before initialization."""
+        """The grid in the form of an encodings file of version 0.6.1, one dict per scale; ``None``
+        before initialization.
+        """
         encodings = self.get_encodings()
         if encodings is None:
             return None
@@ -412,7 +449,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
     def set_legacy_encodings(self, encodings: list[dict[str, Any]]) -> None:
         """Take over grid and range from the form of an encodings file of version 0.6.1.
 
-        :param encodings: one dict per scale, with ``bitwidth``, ``is_symmetric`` and ``min``, ``max``
+        :param encodings: one dict per scale, with ``bitwidth``, ``is_symmetric`` and ``min``,
+            ``max``
         :raises TypeError: not a list of dicts
         :raises ValueError: not as many as scales, entries that disagree, or not of an integer grid
         """
@@ -420,15 +458,24 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         bitwidth, symmetric = int(entries[0]["bitwidth"]), _as_bool(entries[0]["is_symmetric"])
         low = torch.tensor([float(entry["min"]) for entry in entries]).reshape(self.shape)
         high = torch.tensor([float(entry["max"]) for entry in entries]).reshape(self.shape)
-        # Legacy encodings say nothing of signedness; a symmetric grid is signed, as when a quantizer is made.
+        # Legacy encodings say nothing of signedness; a symmetric grid is signed, as when a
+        # quantizer is made.
         self.qmin, self.qmax = grid_of_bitwidth(bitwidth, symmetric)
         self._symmetric = symmetric
         self.set_range(low, high)
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any
+    ) -> Any:
+        """Load range and grid; without ``_extra_state``, the range alone."""
+        return super().load_state_dict(state_dict, strict, **kwargs)
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """Which parameters are initialized, and the grid: qmin, qmax, symmetric, block_size, zero_point_shift."""
+        """Which parameters are initialized, and the grid: qmin, qmax, symmetric, block_size,
+        zero_point_shift.
+        """
         return {
             **super().get_extra_state(),
             "qmin": torch.tensor(self.qmin),
@@ -504,10 +551,19 @@ def _check_legacy(encodings: Any, count: int) -> list[dict[str, Any]]:
         for key in ("bitwidth", "is_symmetric"):
             if entry[key] != encodings[0][key]:
                 raise ValueError(
-                    f"encodings[{index}]: expected {key} = {encodings[0][key]!r} as in the first entry, "
+                    f"encodings[{index}]: expected {key} = {encodings[0][key]!r} as in the first "
+                    "entry, "
                     f"got {entry[key]!r}"
                 )
     return list(encodings)
+
+
+def _refuse_zero_point_shift(quantizer: AffineQuantizerBase) -> None:
+    if quantizer.zero_point_shift:
+        raise RuntimeError(
+            f"zero_point_shift: {type(quantizer).__name__} supports 0.0 only, "
+            f"got {quantizer.zero_point_shift}"
+        )
 
 
 class Quantize(AffineQuantizerBase):
@@ -521,17 +577,10 @@ class Quantize(AffineQuantizerBase):
 
     def __init__(self, shape: int | Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(shape, *args, **kwargs)
-        if self.zero_point_shift:
-            raise RuntimeError(
-                f"zero_point_shift: Quantize supports 0.0 only, got {self.zero_point_shift}"
-            )
+        _refuse_zero_point_shift(self)
 
-    def _kernel(
-        self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-    ) -> torch.Tensor:
-        scale, offset = _ops.range_to_scale_offset(
-            low, high, self.qmin, self.qmax, self._symmetric
-        )
+    def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         backend = _backends._override or _backends._native
         return backend.quantize(input, scale, offset, self.qmin, self.qmax, self.block_size)
 
@@ -548,13 +597,11 @@ class QuantizeDequantize(AffineQuantizerBase):
         out = (clamp(round(input / scale) - offset, qmin, qmax) + offset) \cdot scale
 
     Takes the arguments of :class:`AffineQuantizerBase`. The result has the input's dtype and is a
-    :class:`rimet.quantization.DequantizedTensor`. Differentiable in the input (straight-through within the grid) and in
-    ``min`` and ``max``.
+    :class:`rimet.quantization.DequantizedTensor`. Differentiable in the input (straight-through
+    within the grid) and in ``min`` and ``max``.
     """
 
-    def _kernel(
-        self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-    ) -> torch.Tensor:
+    def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         if _backends._override is None:
             return _ops.quantize_dequantize_range(
                 input,
@@ -566,9 +613,7 @@ class QuantizeDequantize(AffineQuantizerBase):
                 self.zero_point_shift,
                 self.block_size,
             )
-        scale, offset = _ops.range_to_scale_offset(
-            low, high, self.qmin, self.qmax, self._symmetric
-        )
+        scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         return _backends._override.quantize_dequantize(
             input, scale, offset, self.qmin, self.qmax, self.block_size, self.zero_point_shift
         )
@@ -576,9 +621,7 @@ class QuantizeDequantize(AffineQuantizerBase):
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
     ) -> QuantizedTensorBase:
-        # The range may change before anybody asks for the encoding, so it is the range that is kept, not the quantizer's
-        # present one. The grid and the steps from range to scale are not computed until then.
-        return DequantizedTensor._adopt_lazily(output, self, low.clone(), high.clone())
+        return DequantizedTensor._adopt_fresh(output, _RangeOf(self, low, high))
 
 
 class Dequantize(AffineQuantizerBase):
@@ -587,19 +630,17 @@ class Dequantize(AffineQuantizerBase):
     .. math:: out = (input + offset) \cdot scale
 
     Takes the arguments of :class:`AffineQuantizerBase`. The result has the input's dtype and is a
-    :class:`rimet.quantization.DequantizedTensor`.
+    :class:`rimet.quantization.DequantizedTensor`; it cannot have a zero point shift.
     """
 
-    def _kernel(
-        self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-    ) -> torch.Tensor:
-        scale, offset = _ops.range_to_scale_offset(
-            low, high, self.qmin, self.qmax, self._symmetric
-        )
+    def __init__(self, shape: int | Sequence[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(shape, *args, **kwargs)
+        _refuse_zero_point_shift(self)
+
+    def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         backend = _backends._override or _backends._native
-        return backend.dequantize(
-            input, scale, offset + self.zero_point_shift, self.block_size
-        )
+        return backend.dequantize(input, scale, offset, self.block_size)
 
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
@@ -608,22 +649,28 @@ class Dequantize(AffineQuantizerBase):
 
 
 class GroupedBlockQuantizeDequantize(QuantizeDequantize):
-    r"""Blockwise quantization whose block scales are integer multiples of one scale per group of blocks (LPBQ).
+    r"""Blockwise quantization whose block scales are integer multiples of one scale per group of
+    blocks (LPBQ).
 
     .. math::
         s_{group} = \frac{\max_{group} scale}{2^{decompressed\_bw - bitwidth}}, \quad
-        scale' = clamp\left(round\left(\frac{scale}{s_{group}}\right), 1, 2^{decompressed\_bw - bitwidth}\right) s_{group}
+        scale' = clamp\left(round\left(\frac{scale}{s_{group}}\right), 1, 2^{decompressed\_bw -
+        bitwidth}\right) s_{group}
 
-    with ``scale`` of :class:`AffineQuantizerBase`. The gradient reaches ``min`` and ``max`` as if ``scale'`` was ``scale``.
+    with ``scale`` of :class:`AffineQuantizerBase`. Gradients reach ``min`` and ``max`` through both
+    levels, with rounding as the identity.
 
     :param shape: encoding shape
     :param bitwidth: bits of an element
     :param symmetric: has to be ``True``
     :param decompressed_bw: bits of an element times its integer scale, at least ``bitwidth``
     :param encoding_analyzer: what calibration takes the range from
-    :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever divides
-    :param block_grouping: blocks per group, one entry per dimension of ``shape``; ``-1``: all of the axis; 1 by default
-    :raises RuntimeError: not symmetric, ``decompressed_bw < bitwidth``, or a grouping that does not divide ``shape``
+    :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever
+        divides
+    :param block_grouping: blocks per group, one entry per dimension of ``shape``; ``-1``: all of
+        the axis; 1 by default
+    :raises RuntimeError: not symmetric, ``decompressed_bw < bitwidth``, or a grouping that does not
+        divide ``shape``
     """
 
     def __init__(
@@ -649,7 +696,8 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
             raise TypeError(f"block_grouping: expected a sequence of ints, got {grouping!r}")
         if len(grouping) != len(self.shape):
             raise RuntimeError(
-                f"block_grouping: expected one entry per dimension of shape {self.shape}, got {tuple(grouping)}"
+                f"block_grouping: expected one entry per dimension of shape {self.shape}, got "
+                f"{tuple(grouping)}"
             )
         for dim, (size, count) in enumerate(zip(grouping, self.shape, strict=True)):
             if size != -1 and (size < 1 or count % size):
@@ -670,18 +718,18 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
         self, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(scale', offset, scale per group)``."""
-        scale, offset = _ops.range_to_scale_offset(
-            low, high, self.qmin, self.qmax, self._symmetric
-        )
+        scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         levels = 2 ** (self.decompressed_bw - self.bitwidth)
         split, axes = self._groups()
-        grouped = scale.detach().reshape(split)
+        grouped = scale.reshape(split)
         group_scale = (grouped.amax(axes, keepdim=True) if axes else grouped) / levels
-        snapped = torch.round(grouped / group_scale).clamp(1, levels) * group_scale
-        return _Snap.apply(scale, snapped.reshape(scale.shape)), offset, group_scale.reshape(split[::2])
+        # Rounding passes gradients on as they are; the largest scale of a group is in all others.
+        snapped = straight_through_round(grouped / group_scale).clamp(1, levels) * group_scale
+        return snapped.reshape(scale.shape), offset, group_scale.reshape(split[::2])
 
     def get_scale(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """Step of the grid in the encoding shape: integer multiples of :meth:`get_per_channel_scale`.
+        """Step of the grid in the encoding shape: integer multiples of
+        :meth:`get_per_channel_scale`.
 
         :param dtype: result's dtype; float32 by default
         """
@@ -698,9 +746,7 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
             return None
         return self._two_level_scale(self.min, self.max)[2].to(dtype or torch.float32)
 
-    def _kernel(
-        self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-    ) -> torch.Tensor:
+    def _kernel(self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         scale, offset, _ = self._two_level_scale(low, high)
         backend = _backends._override or _backends._native
         return backend.quantize_dequantize(
@@ -742,18 +788,6 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
         quantizer.to(encodings.scale.device)
         quantizer.set_range(encodings.min, encodings.max)
         return quantizer
-
-
-class _Snap(torch.autograd.Function):
-    """Replaces values; the gradient passes as if it had not."""
-
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad, None
 
 
 @runtime_checkable

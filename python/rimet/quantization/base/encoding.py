@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
@@ -19,7 +18,8 @@ class EncodingBase(ABC):
     Encodings are values: no method changes one in place.
     """
 
-    # Shape of the tensor that was, or is to be, quantized. Export needs it to tell a channel axis from a block axis.
+    # Shape of the tensor that was, or is to be, quantized. Export needs it to tell a channel axis
+    # from a block axis.
     _input_shape_hint: tuple[int, ...] | None = None
 
     @property
@@ -30,7 +30,9 @@ class EncodingBase(ABC):
     @property
     @abstractmethod
     def granularity(self) -> str | None:
-        """``"pertensor"``, ``"perchannel"``, ``"blockwise"`` or ``"unknown"``; ``None`` for scales that are no tensors."""
+        """``"pertensor"``, ``"perchannel"``, ``"blockwise"`` or ``"unknown"``; ``None`` for scales
+        that are no tensors.
+        """
 
     @property
     @abstractmethod
@@ -71,8 +73,19 @@ class EncodingBase(ABC):
     def _map_tensors(self, function: Any) -> None:
         """Replace each tensor of this (fresh) object by ``function`` of it."""
 
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        # The producing quantizer is a reference, no part of the value; so is an autograd history.
+        def duplicate(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+
+        return self._mapped(duplicate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self._detach().__dict__, "producer": None}
+
     def _mapped(self: _Self, function: Any) -> _Self:
-        new = copy.copy(self)
+        new: _Self = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
         new._map_tensors(function)
         return new
 
@@ -83,6 +96,8 @@ class EncodingBase(ABC):
         return self._mapped(torch.Tensor.detach)
 
     def _hint_input_shape(self: _Self, input_shape: tuple[int, ...]) -> _Self:
-        """Tell the shape of the quantized tensor, which export of channel and block axes asks for. Returns ``self``."""
+        """Tell the shape of the quantized tensor, which export of channel and block axes asks for.
+        Returns ``self``.
+        """
         self._input_shape_hint = tuple(input_shape)
         return self

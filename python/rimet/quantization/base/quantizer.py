@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,37 +27,44 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _is_opaque(param: torch.Tensor) -> bool:
-    """Whether the values of a parameter cannot be read: meta, fake and functional tensors, and under compilation."""
+    """Whether the values of a parameter cannot be read: meta, fake and functional tensors, and
+    under compilation.
+    """
     return param.is_meta or torch.compiler.is_compiling() or type(param.data) is not torch.Tensor
 
 
-class QuantizerBase(nn.Module):
+class QuantizerBase(ABC, nn.Module):
     """A module that maps a tensor onto a quantization grid.
 
-    Called in plain eager mode it returns a tensor that knows its encoding (:class:`rimet.quantization.QuantizedTensor`
-    or :class:`rimet.quantization.DequantizedTensor`). Under ``torch.jit`` tracing and scripting, ``torch.compile`` and
-    ``torch.export`` it returns a plain tensor.
+    Called in plain eager mode it returns a tensor that knows its encoding
+    (:class:`rimet.quantization.QuantizedTensor` or :class:`rimet.quantization.DequantizedTensor`).
+    Under ``torch.jit.trace``, ``torch.compile`` and ``torch.export`` it returns a
+    plain tensor.
 
-    Quantization parameters start as NaN, which no calibration yields: a parameter that still holds what it was
-    registered with has not been initialized. That is a property of the values, so it survives copying, pickling, moving
-    and in-place writes of any kind.
+    Quantization parameters start as NaN, which no finite data yields: a parameter that still holds
+    what it was registered with has not been initialized. That is a property of the values, so it
+    survives copying, pickling, moving and in-place writes of any kind.
     """
 
     encoding_analyzer: EncodingAnalyzer[Any] | None
 
-    # True once all parameters were seen initialized: spares the forward pass a look at their values.
+    # True once all parameters were seen initialized: spares the forward pass a look at their
+    # values.
     _ready: bool
     # True within `compute_encodings()`.
     _calibrating: bool
+    # Whether a call gives its input back while calibrating.
+    _pass_through: bool
 
     def __init__(self) -> None:
         super().__init__()
         self._ready = False
         self._calibrating = False
+        self._pass_through = False
         self._initial_values: dict[str, torch.Tensor | None] = {}
         self._is_overwrite_allowed: dict[str, bool] = {}
 
-    # -- forward -------------------------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     @abstractmethod
     def forward(self, input: torch.Tensor) -> QuantizedTensorBase:
@@ -68,23 +75,41 @@ class QuantizerBase(nn.Module):
 
     @abstractmethod
     def _forward_tensor(self, input: torch.Tensor) -> torch.Tensor:
-        """The numerics of :meth:`forward` on plain tensors; while calibrating, observes and returns ``input``."""
+        """The numerics of :meth:`forward` on plain tensors; while calibrating, observes and
+        returns ``input``.
+        """
 
-    # -- calibration ---------------------------------------------------------------------------------------------------
+    def __prepare_scriptable__(self) -> QuantizerBase:
+        raise RuntimeError(
+            f"torch.jit.script cannot take a {type(self).__name__}, which calibrates in Python; "
+            "use torch.jit.trace, or script functions that call torch.ops.rimet"
+        )
+
+    # -- calibration -------------------------------------------------------------------------------
+
+    def compute_encodings(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context, observe every input; on leaving it, set the range from all of them.
+
+        Meanwhile a call quantizes with the range of its own input alone. Nothing changes if no data
+        came, or if the block is left by an exception. If :meth:`allow_overwrite` forbids all
+        changes, nothing is observed. A context inside another one of the same quantizer leaves
+        everything to the outer one.
+        """
+        return self._calibrate(pass_through=False)
 
     @contextlib.contextmanager
-    def compute_encodings(self) -> Iterator[None]:
-        """Within this context, observe every input; on leaving it, set the range from all that was seen.
+    def _calibrate(self, pass_through: bool) -> Iterator[None]:
+        """:meth:`compute_encodings`, with a choice of what calls give meanwhile.
 
-        Meanwhile a call quantizes with the range of its own input alone. Nothing changes if no data came, or if the
-        block is left by an exception. If :meth:`allow_overwrite` forbids all changes, nothing is observed. A context
-        inside another one of the same quantizer leaves everything to the outer one.
+        :param pass_through: the input as it is, so that calibrating one quantizer of a model does
+            not change what the next one sees
         """
         if self._calibrating or self.encoding_analyzer is None or not self.is_overwrite_allowed():
             yield
             return
         self.encoding_analyzer.reset_stats()
         self._calibrating = True
+        self._pass_through = pass_through
         try:
             yield
             self._apply_statistics()
@@ -96,7 +121,7 @@ class QuantizerBase(nn.Module):
     def _apply_statistics(self) -> None:
         """Set the range from the analyzer's statistics; leave it as it is if they are empty."""
 
-    # -- encodings -----------------------------------------------------------------------------------------------------
+    # -- encodings ---------------------------------------------------------------------------------
 
     @abstractmethod
     def get_encodings(self) -> EncodingBase | None:
@@ -122,16 +147,19 @@ class QuantizerBase(nn.Module):
 
     @abstractmethod
     def get_legacy_encodings(self) -> list[dict[str, Any]] | None:
-        """The grid as the list of an encodings file of version 0.6.1, or ``None`` before initialization."""
+        """The grid as the list of an encodings file of version 0.6.1, or ``None`` before
+        initialization.
+        """
 
     @abstractmethod
     def set_legacy_encodings(self, encodings: list[dict[str, Any]]) -> None:
         """Take over what :meth:`get_legacy_encodings` gives."""
 
-    # -- parameters ----------------------------------------------------------------------------------------------------
+    # -- parameters --------------------------------------------------------------------------------
 
     def register_quantization_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter that counts as uninitialized for as long as it holds its present values.
+        """Register a parameter that counts as uninitialized for as long as it holds its present
+        values.
 
         :param name: attribute name
         :param param: the parameter, or ``None``
@@ -166,7 +194,8 @@ class QuantizerBase(nn.Module):
         if name not in self._initial_values:
             return True
         if _is_opaque(param):
-            # Values that cannot be read (meta, fake, traced) belong to a model whose shape is of interest.
+            # Values that cannot be read (meta, fake, traced) belong to a model whose shape is of
+            # interest.
             return True
         initial = self._initial_values[name]
         with torch.no_grad():
@@ -189,16 +218,19 @@ class QuantizerBase(nn.Module):
 
     def _raise_uninitialized(self) -> None:
         raise RuntimeError(
-            f"{self} was called before its range was set. Run representative data through it within "
-            "`with quantizer.compute_encodings():`, call its set_range(min, max), or load a state dict or encodings."
+            f"{self} was called before its range was set. Run representative data through it "
+            "within "
+            "`with quantizer.compute_encodings():`, call its set_range(min, max), or load a state "
+            "dict or encodings."
         )
 
-    # -- overwriting ---------------------------------------------------------------------------------------------------
+    # -- overwriting -------------------------------------------------------------------------------
 
     def allow_overwrite(self, *args: bool, **kwargs: bool) -> None:
         """Say whether calibration and loading of encodings may change parameters.
 
-        ``allow_overwrite(flag)`` sets it for all parameters, ``allow_overwrite(min=flag)`` for those named.
+        ``allow_overwrite(flag)`` sets it for all parameters, ``allow_overwrite(min=flag)`` for
+        those named.
 
         :raises TypeError: a flag is not a bool, or more than one positional flag is given
         :raises KeyError: there is no quantization parameter of a given name
@@ -207,39 +239,46 @@ class QuantizerBase(nn.Module):
         if mode is not None:
             args = (*args, mode)
         if len(args) > 1:
-            raise TypeError(f"allow_overwrite: expected at most one positional flag, got {len(args)}")
+            raise TypeError(
+                f"allow_overwrite: expected at most one positional flag, got {len(args)}"
+            )
         for flag in (*args, *kwargs.values()):
             if not isinstance(flag, bool):
                 raise TypeError(f"allow_overwrite: expected a bool, got {flag!r}")
         for name in kwargs:
             if name not in self._is_overwrite_allowed:
                 raise KeyError(
-                    f"allow_overwrite: expected one of {list(self._is_overwrite_allowed)}, got {name!r}"
+                    f"allow_overwrite: expected one of {list(self._is_overwrite_allowed)}, got "
+                    f"{name!r}"
                 )
         for flag in args:
             self._is_overwrite_allowed.update(dict.fromkeys(self._is_overwrite_allowed, flag))
         self._is_overwrite_allowed.update(kwargs)
 
     def is_overwrite_allowed(self, name: str | None = None) -> bool:
-        """Whether the named parameter, or any parameter if no name is given, may be changed by calibration."""
+        """Whether the named parameter, or any parameter if no name is given, may be changed by
+        calibration.
+        """
         if name is not None:
             return self._is_overwrite_allowed[name]
         return any(self._is_overwrite_allowed.values())
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Parameters, and under ``_extra_state`` the grid and which parameters are initialized."""
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what :meth:`state_dict` gives. Without ``_extra_state`` the grid stays, and what is loaded is initialized."""
+        """Load what :meth:`state_dict` gives. Without ``_extra_state`` the grid stays, and what is
+        loaded is initialized.
+        """
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Per parameter, whether it is initialized."""
         return {
-            name: torch.tensor(self._is_parameter_initialized(name, param))
+            name: torch.tensor(self._ready or self._is_parameter_initialized(name, param))
             for name, param in self._parameters.items()
             if param is not None
         }
@@ -264,7 +303,8 @@ class QuantizerBase(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, *args
         )
         extra_key = f"{prefix}_extra_state"
-        # Ranges without the grid are complete: the grid is then the one this quantizer was made with.
+        # Ranges without the grid are complete: the grid is then the one this quantizer was made
+        # with.
         if extra_key in missing_keys:
             missing_keys.remove(extra_key)
         self._ready = False

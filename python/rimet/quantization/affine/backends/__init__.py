@@ -1,7 +1,7 @@
 """Functional affine quantization, and the choice of what computes it.
 
-The engine's ops (backend ``"rimet"``) are the default. ``"torch_builtins"`` composes the same arithmetic of plain torch
-operators. Others can be added.
+The engine's ops (backend ``"rimet"``) are the default. ``"torch_builtins"`` composes the same
+arithmetic of plain torch operators. Others can be added.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class _BackendSwitch:
 def set_backend(name: str) -> _BackendSwitch:
     """Choose what computes affine quantization from now on, or for the length of a ``with`` block.
 
-    :param name: ``"rimet"`` (the engine's ops, the default), ``"torch_builtins"``, or one that was added
+    :param name: ``"rimet"`` (the engine's ops, the default), ``"torch_builtins"``, or one that was
+        added
     :return: a context manager whose end brings the former choice back
     :raises RuntimeError: there is no such backend
     """
@@ -99,13 +100,15 @@ def _int(value: Any, name: str) -> int:
 
 def _parse(
     function: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, int, tuple[int, ...] | None, float]:
+) -> tuple[int, int, Sequence[int] | None, float]:
     """``(qmin, qmax, block_size, zero_point_shift)`` from any of the three overloads."""
     names: tuple[str, ...]
     if "num_steps" in kwargs and not args:
         names = ()
-    elif "qmin" in kwargs or "qmax" in kwargs or (
-        len(args) > 1 and isinstance(args[1], (int, float)) and not isinstance(args[1], bool)
+    elif (
+        "qmin" in kwargs
+        or "qmax" in kwargs
+        or (len(args) > 1 and isinstance(args[1], (int, float)) and not isinstance(args[1], bool))
     ):
         names = ("qmin", "qmax", "block_size", "zero_point_shift")
     else:
@@ -119,7 +122,8 @@ def _parse(
     if len(args) > len(names) or repeated or unknown:
         wrong = next(iter(repeated or unknown), f"{len(args)} positional arguments")
         raise TypeError(
-            f"{function}: got {wrong!r}; expected (tensor, scale, offset, bitwidth, signed=False, block_size=None), "
+            f"{function}: got {wrong!r}; expected (tensor, scale, offset, bitwidth, signed=False, "
+            "block_size=None), "
             "(tensor, scale, offset, *, num_steps, signed=False, block_size=None) or "
             "(tensor, scale, offset, qmin, qmax, block_size=None)"
         )
@@ -192,16 +196,18 @@ def quantize(
 
     .. math:: out = clamp(round(tensor / scale) - offset, qmin, qmax)
 
-    Rounds half to even. With ``block_size`` :math:`(B_0, \dots)` the element at :math:`(j_0, \dots)` has the scale and
-    offset at :math:`(\lfloor j_0 / B_0 \rfloor, \dots)`.
+    Rounds half to even. With ``block_size`` :math:`(B_0, \dots)` the element at :math:`(j_0,
+    \dots)` has the scale and offset at :math:`(\lfloor j_0 / B_0 \rfloor, \dots)`.
 
     :param tensor: floating-point tensor
     :param scale: positive; broadcasts against ``tensor``, or has one entry per block
     :param offset: shape of ``scale``; minus torch's zero point
     :param bitwidth, signed: grid of an integer type, or
-    :param num_steps: ``qmax - qmin`` of a grid that begins at zero (or is centred, if ``signed``), or
+    :param num_steps: ``qmax - qmin`` of a grid that begins at zero (or is centred, if ``signed``),
+        or
     :param qmin, qmax: ends of the grid
-    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever divides
+    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever
+        divides
     :return: shape and dtype of ``tensor``
     :raises TypeError: arguments in none of the three forms
     :raises ValueError: an empty grid
@@ -256,10 +262,11 @@ def quantize_dequantize(
     r"""Map a tensor to the nearest values on the grid.
 
     .. math::
-        out = (clamp(round(tensor / scale - shift) - offset, qmin, qmax) + offset + shift) \cdot scale
+        out = (clamp(round(tensor / scale - shift) - offset, qmin, qmax) + offset + shift) \cdot
+        scale
 
-    Differentiable in ``tensor`` (straight-through within the grid, zero outside), ``scale`` and ``offset``.
-    ``zero_point_shift`` is the shift, 0.0 or 0.5; for all else see :func:`quantize`.
+    Differentiable in ``tensor`` (straight-through within the grid, zero outside), ``scale`` and
+    ``offset``. ``zero_point_shift`` is the shift, 0.0 or 0.5; for all else see :func:`quantize`.
     """
     qmin, qmax, block_size, shift = _parse("quantize_dequantize", args, kwargs)
     return get_backend().quantize_dequantize(  # type: ignore[no-any-return]
@@ -280,7 +287,8 @@ def dequantize(
     :param tensor: floating-point tensor of grid indices
     :param scale: positive; broadcasts against ``tensor``, or has one entry per block
     :param offset: shape of ``scale``; minus torch's zero point
-    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever divides
+    :param block_size: elements per block, one entry per dimension of ``scale``; ``-1``: whatever
+        divides
     :return: shape and dtype of ``tensor``
     :raises RuntimeError: shapes do not fit
     """

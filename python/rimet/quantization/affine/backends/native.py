@@ -19,7 +19,12 @@ def quantize(
     qmax: int,
     block_size: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """``clamp(round(tensor / scale) - offset, qmin, qmax)``; ``torch.ops.rimet.quantize``."""
+    """``clamp(round(tensor / scale) - offset, qmin, qmax)``; ``torch.ops.rimet.quantize``.
+
+    :raises RuntimeError: the grid goes beyond what the dtype of ``tensor`` holds
+    """
+    if tensor.dtype is torch.float16 and max(qmax, -qmin) > 65504:
+        raise RuntimeError(f"quantize: {tensor.dtype} does not hold the grid [{qmin}, {qmax}]")
     return _ops.quantize(tensor, scale, offset, qmin, qmax, block_size)
 
 
@@ -33,9 +38,7 @@ def quantize_dequantize(
     zero_point_shift: float = 0.0,
 ) -> torch.Tensor:
     """Nearest values on the grid; ``torch.ops.rimet.quantize_dequantize``."""
-    return _ops.quantize_dequantize(
-        tensor, scale, offset, qmin, qmax, zero_point_shift, block_size
-    )
+    return _ops.quantize_dequantize(tensor, scale, offset, qmin, qmax, zero_point_shift, block_size)
 
 
 def dequantize(

@@ -1,29 +1,28 @@
 """Affine quantization composed of torch's own operators.
 
-Several passes over memory, but nothing outside of torch: for tools that do not know the engine's ops, and as a second
-opinion on them. Gradients follow from the composition, with rounding as the identity.
+Several passes over memory, but nothing outside of torch: for tools that do not know the engine's
+ops, and as a second opinion on them. Gradients follow from the composition, with rounding as the
+identity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 __all__ = ["dequantize", "quantize", "quantize_dequantize"]
 
 
-class _Round(torch.autograd.Function):
-    """Rounding half to even whose gradient is that of the identity."""
+def straight_through_round(input: torch.Tensor) -> torch.Tensor:
+    """Rounding half to even whose gradient is that of the identity.
 
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
-        return torch.round(input)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return grad
+    Written with operators alone, so that a traced graph has the gradient too: adding
+    ``input - input`` changes no finite value.
+    """
+    value = input.detach()
+    rounded = torch.round(value)
+    return torch.where(value.isinf(), rounded, rounded + (input - value))
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -35,12 +34,15 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 def _blocks(
     tensor: torch.Tensor, scale: torch.Tensor, block_size: Sequence[int] | None
 ) -> tuple[list[int], list[int]]:
-    """Shapes of ``tensor`` and ``scale`` under which the scale broadcasts, one dimension pair per blocked dimension."""
+    """Shapes of ``tensor`` and ``scale`` under which the scale broadcasts, one dimension pair per
+    blocked dimension.
+    """
     if block_size is None:
         return list(tensor.shape), list(scale.shape)
     if len(block_size) != scale.dim() or tensor.dim() < scale.dim():
         raise RuntimeError(
-            f"block_size: expected one entry per dimension of scale {tuple(scale.shape)} and a tensor of at least as "
+            f"block_size: expected one entry per dimension of scale {tuple(scale.shape)} and a "
+            "tensor of at least as "
             f"many dimensions, got {tuple(block_size)} and {tuple(tensor.shape)}"
         )
     lead = tensor.dim() - scale.dim()
@@ -50,7 +52,8 @@ def _blocks(
         size = dim // count if size == -1 else size
         if size * count != dim:
             raise RuntimeError(
-                f"tensor: expected size {size} * {count} = {size * count} in dimension {lead + axis}, got {dim}"
+                f"tensor: expected size {size} * {count} = {size * count} in dimension "
+                f"{lead + axis}, got {dim}"
             )
         split += [count, size]
         expanded += [count, 1]
@@ -69,7 +72,9 @@ def quantize(
     dtype = _compute_dtype(tensor)
     split, expanded = _blocks(tensor, scale, block_size)
     scale, offset = scale.to(dtype).reshape(expanded), offset.to(dtype).reshape(expanded)
-    index = (_Round.apply(tensor.to(dtype).reshape(split) / scale) - offset).clamp(qmin, qmax)
+    index = (straight_through_round(tensor.to(dtype).reshape(split) / scale) - offset).clamp(
+        qmin, qmax
+    )
     return index.reshape(tensor.shape).to(tensor.dtype)
 
 
@@ -86,7 +91,9 @@ def quantize_dequantize(
     dtype = _compute_dtype(tensor)
     split, expanded = _blocks(tensor, scale, block_size)
     scale, offset = scale.to(dtype).reshape(expanded), offset.to(dtype).reshape(expanded)
-    index = _Round.apply(tensor.to(dtype).reshape(split) / scale - zero_point_shift) - offset
+    index = (
+        straight_through_round(tensor.to(dtype).reshape(split) / scale - zero_point_shift) - offset
+    )
     value = (index.clamp(qmin, qmax) + offset + zero_point_shift) * scale
     return value.reshape(tensor.shape).to(tensor.dtype)
 

@@ -1,0 +1,226 @@
+"""The main job on real data: train, quantize, calibrate, fine-tune, export, run without Python.
+
+    python examples/quickstart.py            # about a minute; writes to examples/out
+    python examples/quickstart.py --smoke    # seconds, for tests: little training, fewer images
+
+Every number printed is measured in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import rimet
+import torch
+from digits import Split, accuracy, load_digits, train, train_float_model
+from rimet.common.defs import QuantScheme
+from rimet.common.quantsim_config.utils import (
+    get_path_for_per_channel_config,
+    get_path_for_per_tensor_config,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    accuracy: float  # percent of the test images
+    size_kib: float  # parameters and their scales
+    calibration_ms: float | None
+    forward_ratio: float  # time of a forward pass, FP32 = 1
+
+
+def quantize(
+    model: nn.Module, data: Split, *, weights: int, activations: int, per_channel: bool = True
+) -> tuple[rimet.QuantizationSimModel, float]:
+    """A calibrated quantization simulation of `model`, and the calibration's time in milliseconds."""
+    config = get_path_for_per_channel_config() if per_channel else get_path_for_per_tensor_config()
+    sim = rimet.QuantizationSimModel(
+        model,
+        dummy_input=data.images[:1],
+        quant_scheme=QuantScheme.min_max,
+        default_param_bw=weights,
+        default_output_bw=activations,
+        config_file=config,
+    )
+    start = time.perf_counter()
+    sim.compute_encodings(lambda quantized: quantized(data.images))
+    return sim, 1e3 * (time.perf_counter() - start)
+
+
+def size_kib(model: nn.Module) -> float:
+    """Storage of the parameters: each at its quantizer's bit-width, plus a float32 scale per encoding.
+
+    A parameter without a quantizer counts as float32. Quantizers' own min and max are not part of the
+    deployed model.
+    """
+    bits = 0
+    for module in model.modules():
+        quantizers = getattr(module, "param_quantizers", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            quantizer = quantizers[name] if name in quantizers else None
+            if quantizer is not None:
+                bits += parameter.numel() * quantizer.bitwidth + 32 * quantizer.get_scale().numel()
+            elif not hasattr(module, "get_encodings"):  # not a quantizer's min or max
+                bits += parameter.numel() * 32
+    return bits / 8 / 1024
+
+
+@torch.no_grad()
+def forward_ratio(model: nn.Module, reference: nn.Module, images: Tensor, repeats: int) -> float:
+    """Median time of `model`'s forward over that of `reference`, measured by turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats + 1):
+        for module, collected in zip((model, reference), times, strict=True):
+            start = time.perf_counter()
+            module(images)
+            if turn > 0:  # the first turn warms up
+                collected.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def print_table(rows: list[Row]) -> None:
+    print(f"\n{'':24}{'accuracy':>10}{'vs FP32':>10}{'size':>11}{'calibration':>13}{'forward':>10}")
+    for row in rows:
+        change = "" if row is rows[0] else f"{row.accuracy - rows[0].accuracy:+.2f}"
+        calibration = "" if row.calibration_ms is None else f"{row.calibration_ms:.0f} ms"
+        print(
+            f"{row.name:24}{row.accuracy:8.2f} %{change:>10}{row.size_kib:7.1f} KiB"
+            f"{calibration:>13}{row.forward_ratio:8.2f} x"
+        )
+
+
+def run_elsewhere(script: Path, tensors: Path, *, rust: bool) -> dict[str, bool]:
+    """Run the exported file in a fresh Python process and in a Rust program; who got the same logits?"""
+    # The thread count of this process: another one may split sums differently.
+    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    environment.pop("PYTHONPATH", None)
+    agreed = {}
+
+    command = [sys.executable, str(HERE / "run_torchscript.py"), str(script), str(tensors)]
+    command.append(rimet.ops_library_path())
+    print("\nA fresh Python process with torch and the ops library only:")
+    agreed["python"] = subprocess.run(command, env=environment).returncode == 0
+
+    manifest = HERE.parent / "Cargo.toml"
+    if not rust:
+        print("Rust program: not run (--no-rust).")
+    elif shutil.which("cargo") is None or not manifest.exists():
+        print("Rust program: not run, since there is no cargo here (or no source tree of rimet).")
+    else:
+        # torch-sys finds libtorch by asking the `python3` that comes first in PATH.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        libraries = str(Path(torch.__file__).parent / "lib")
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+            filter(None, [libraries, environment.get("LD_LIBRARY_PATH")])
+        )
+        print("A Rust program (the first build takes minutes):", flush=True)
+        command = ["cargo", "run", "--release", "--quiet", "--example", "load_torchscript"]
+        command += ["--manifest-path", str(manifest), "--", str(script), str(tensors)]
+        agreed["rust"] = subprocess.run(command, env=environment).returncode == 0
+    return agreed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds instead of minutes: for tests"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the files")
+    parser.add_argument("--no-rust", action="store_true", help="leave out the Rust program")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    epochs, qat_epochs, repeats = (6, 1, 2) if arguments.smoke else (24, 10, 20)
+
+    # The model is so small that one thread is as fast as many, and the sums come out the same on
+    # machines with different numbers of cores.
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    training, test = load_digits()
+    calibration = training.first(256)
+    print(f"Handwritten digits: {len(training)} images to train on, {len(test)} to test on.")
+
+    start = time.perf_counter()
+    model = train_float_model(training, epochs=epochs)
+    print(f"Trained a float model in {time.perf_counter() - start:.1f} s; batch norms folded.")
+    rows = [Row("FP32", accuracy(model, test), size_kib(model), None, 1.0)]
+
+    def measure(name: str, sim: rimet.QuantizationSimModel, milliseconds: float) -> None:
+        ratio = forward_ratio(sim.model, model, test.images, repeats)
+        rows.append(Row(name, accuracy(sim.model, test), size_kib(sim.model), milliseconds, ratio))
+
+    settings = [
+        ("W8A8", dict(weights=8, activations=8)),
+        ("W4A8 per-tensor", dict(weights=4, activations=8, per_channel=False)),
+        ("W4A8 per-channel", dict(weights=4, activations=8)),
+        ("W4A4", dict(weights=4, activations=4)),
+    ]
+    for name, setting in tqdm(settings, desc="quantizing", unit="setting", leave=False):
+        sim, milliseconds = quantize(model, calibration, **setting)
+        measure(name, sim, milliseconds)
+
+    # Quantization-aware training of the last one, W4A4: the ordinary loop, on sim.model.
+    start = time.perf_counter()
+    optimizer = torch.optim.Adam(sim.model.parameters(), lr=0.002)
+    train(sim.model, training, optimizer, epochs=qat_epochs, description="training W4A4")
+    print(f"Fine-tuned W4A4 for {qat_epochs} epochs in {time.perf_counter() - start:.1f} s.")
+    measure(f"W4A4, QAT {qat_epochs} epochs", sim, milliseconds)
+    print_table(rows)
+
+    sim.export(str(out), "digits_w4a4", test.images[:1], export_to_torchscript=True)
+    with torch.no_grad():
+        logits = sim.model(test.images)
+    save_file(
+        {"input": test.images.contiguous(), "logits": logits.contiguous()},
+        out / "digits_io.safetensors",
+    )
+    print(f"\nExported TorchScript, encodings and test data to {out}:")
+    for path in sorted(out.glob("digits_*")):
+        print(f"  {path.name:32}{path.stat().st_size / 1024:8.1f} KiB")
+
+    agreed = run_elsewhere(
+        out / "digits_w4a4.torchscript.pth",
+        out / "digits_io.safetensors",
+        rust=not arguments.no_rust,
+    )
+    seconds = time.perf_counter() - began
+    report = {
+        "rows": [asdict(row) for row in rows],
+        "logits_agree": agreed,
+        "seconds": seconds,
+        "smoke": arguments.smoke,
+        "rimet": rimet.__version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    (out / "quickstart.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    failed = [name for name, same in agreed.items() if not same]
+    if failed:
+        print(f"\nLogits DIFFER in: {', '.join(failed)}.")
+        return 1
+    print(
+        f"\nLogits agree bit for bit between this process and: {', '.join(agreed)}. {seconds:.0f} s."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

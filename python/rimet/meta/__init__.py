@@ -1,0 +1,1 @@
+"""The graph of a torch model in AIMET's form."""
