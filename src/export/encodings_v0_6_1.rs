@@ -12,16 +12,22 @@ const VERSION: &str = "0.6.1";
 /// to float32, the precision of the scales.
 pub fn encoding(name: &str, encoding: &Encoding) -> Result<Vec<Value>, EncodingsError> {
     match encoding.grid {
-        Grid::Float(format) if format.is_half() => {
-            Ok(vec![object([("bitwidth", 16.into()), ("dtype", "float".into())])])
-        }
+        Grid::Float(format) if format.is_half() => Ok(vec![object([
+            ("bitwidth", 16.into()),
+            ("dtype", "float".into()),
+        ])]),
         Grid::Float(format) => Err(EncodingsError::Inexpressible {
             name: name.to_owned(),
             version: VERSION,
             what: format!("the number format {}", format.name()),
             remedy: "2.0.0",
         }),
-        Grid::Affine { qmin, qmax, symmetric, .. } => {
+        Grid::Affine {
+            qmin,
+            qmax,
+            symmetric,
+            ..
+        } => {
             let bitwidth = encoding.bitwidth();
             let steps = (qmax - qmin) as f32;
             let symmetric = if symmetric { "True" } else { "False" };
@@ -39,7 +45,12 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Vec<Value>, Encodings
                     ("scale", scale.into()),
                 ])
             };
-            Ok(encoding.scale.iter().zip(&encoding.offset).map(channel).collect())
+            Ok(encoding
+                .scale
+                .iter()
+                .zip(&encoding.offset)
+                .map(channel)
+                .collect())
         }
     }
 }
@@ -48,13 +59,27 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Vec<Value>, Encodings
 pub fn module_sections(encodings: &ModelEncodings) -> Result<Map<String, Value>, EncodingsError> {
     let mut modules: Map<String, Value> = Map::new();
     for (module, side, index, encoding_) in &encodings.activations {
-        let side = if *side == Side::Input { "input" } else { "output" };
+        let side = if *side == Side::Input {
+            "input"
+        } else {
+            "output"
+        };
         let mut entries = encoding(&format!("{module}.{side}.{index}"), encoding_)?;
-        let entry = if entries.len() == 1 { entries.swap_remove(0) } else { Value::Array(entries) };
-        let module = modules.entry(module.clone()).or_insert_with(|| Value::Object(Map::new()));
+        let entry = if entries.len() == 1 {
+            entries.swap_remove(0)
+        } else {
+            Value::Array(entries)
+        };
+        let module = modules
+            .entry(module.clone())
+            .or_insert_with(|| Value::Object(Map::new()));
         let sides = module.as_object_mut().expect("made as an object above");
-        let side = sides.entry(side).or_insert_with(|| Value::Object(Map::new()));
-        side.as_object_mut().expect("made as an object above").insert(index.to_string(), entry);
+        let side = sides
+            .entry(side)
+            .or_insert_with(|| Value::Object(Map::new()));
+        side.as_object_mut()
+            .expect("made as an object above")
+            .insert(index.to_string(), entry);
     }
     let mut params = Map::new();
     for (name, encoding_) in &encodings.params {
@@ -77,7 +102,10 @@ pub fn module_file(encodings: &ModelEncodings) -> Result<Value, EncodingsError> 
 pub fn tensor_file(encodings: &ModelEncodings) -> Result<Value, EncodingsError> {
     let (activations, params) = encodings.by_tensor();
     let mut map = header(encodings, VERSION);
-    for (key, entries) in [("activation_encodings", activations), ("param_encodings", params)] {
+    for (key, entries) in [
+        ("activation_encodings", activations),
+        ("param_encodings", params),
+    ] {
         let mut section = Map::new();
         for (name, encoding_) in entries {
             let list = encoding(&name, encoding_)?;
@@ -91,8 +119,17 @@ pub fn tensor_file(encodings: &ModelEncodings) -> Result<Value, EncodingsError> 
 /// One object per channel, as it was read.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Channel {
-    Int { bitwidth: u32, symmetric: bool, min: f64, max: f64, scale: f64, offset: i64 },
-    Float { bitwidth: u32 },
+    Int {
+        bitwidth: u32,
+        symmetric: bool,
+        min: f64,
+        max: f64,
+        scale: f64,
+        offset: i64,
+    },
+    Float {
+        bitwidth: u32,
+    },
 }
 
 /// A file by module names, as it was read.
@@ -107,7 +144,11 @@ fn fail<T>(at: &str, expected: &str, got: &Value) -> Result<T, EncodingsError> {
     if got.chars().count() > 60 {
         got = got.chars().take(57).chain("...".chars()).collect();
     }
-    Err(EncodingsError::Format { at: at.to_owned(), expected: expected.to_owned(), got })
+    Err(EncodingsError::Format {
+        at: at.to_owned(),
+        expected: expected.to_owned(),
+        got,
+    })
 }
 
 fn entries<'v>(value: &'v Value, at: &str) -> Result<&'v Map<String, Value>, EncodingsError> {
@@ -132,51 +173,94 @@ fn channel(value: &Value, at: &str) -> Result<Channel, EncodingsError> {
     };
     let bitwidth = number("bitwidth")?;
     if bitwidth.fract() != 0.0 || !(1.0..=32.0).contains(&bitwidth) {
-        return fail(&format!("{at}.bitwidth"), "a whole number from 1 to 32", get("bitwidth")?);
+        return fail(
+            &format!("{at}.bitwidth"),
+            "a whole number from 1 to 32",
+            get("bitwidth")?,
+        );
     }
     let bitwidth = bitwidth as u32;
     match map.get("dtype").map(|v| v.as_str()) {
         None | Some(Some("int")) => {}
         Some(Some("float")) => return Ok(Channel::Float { bitwidth }),
-        _ => return fail(&format!("{at}.dtype"), "\"int\" or \"float\"", get("dtype")?),
+        _ => {
+            return fail(
+                &format!("{at}.dtype"),
+                "\"int\" or \"float\"",
+                get("dtype")?,
+            )
+        }
     }
     let symmetric = match get("is_symmetric")? {
         Value::Bool(symmetric) => *symmetric,
         Value::String(text) if text.eq_ignore_ascii_case("true") => true,
         Value::String(text) if text.eq_ignore_ascii_case("false") => false,
-        other => return fail(&format!("{at}.is_symmetric"), "\"True\" or \"False\"", other),
+        other => {
+            return fail(
+                &format!("{at}.is_symmetric"),
+                "\"True\" or \"False\"",
+                other,
+            )
+        }
     };
     let steps = ((1u64 << bitwidth) - 1) as f64;
     // Either pair determines the other.
     let (scale, offset, min, max) = if map.contains_key("scale") && map.contains_key("offset") {
         let (scale, offset) = (number("scale")?, number("offset")?);
-        let min = if map.contains_key("min") { number("min")? } else { offset * scale };
-        let max = if map.contains_key("max") { number("max")? } else { (offset + steps) * scale };
+        let min = if map.contains_key("min") {
+            number("min")?
+        } else {
+            offset * scale
+        };
+        let max = if map.contains_key("max") {
+            number("max")?
+        } else {
+            (offset + steps) * scale
+        };
         (scale, offset, min, max)
     } else {
         let (min, max) = (number("min")?, number("max")?);
         let scale = (max - min) / steps;
-        (scale, if scale > 0.0 { (min / scale).round_ties_even() } else { 0.0 }, min, max)
+        (
+            scale,
+            if scale > 0.0 {
+                (min / scale).round_ties_even()
+            } else {
+                0.0
+            },
+            min,
+            max,
+        )
     };
     if scale <= 0.0 || max <= min {
         return fail(at, "a positive scale and min below max", value);
     }
-    Ok(Channel::Int { bitwidth, symmetric, min, max, scale, offset: offset as i64 })
+    Ok(Channel::Int {
+        bitwidth,
+        symmetric,
+        min,
+        max,
+        scale,
+        offset: offset as i64,
+    })
 }
 
 fn channels(value: &Value, at: &str) -> Result<Vec<Channel>, EncodingsError> {
     match value {
         Value::Array(items) if items.is_empty() => fail(at, "at least one encoding", value),
-        Value::Array(items) => {
-            items.iter().enumerate().map(|(i, item)| channel(item, &format!("{at}[{i}]"))).collect()
-        }
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(i, item)| channel(item, &format!("{at}[{i}]")))
+            .collect(),
         single => Ok(vec![channel(single, at)?]),
     }
 }
 
 /// Reads a file by module names; sections that are not there are empty.
 pub fn read_module_file(text: &str) -> Result<ModuleFile, EncodingsError> {
-    let value: Value = serde_json::from_str(text).map_err(|e| EncodingsError::Json(e.to_string()))?;
+    let value: Value =
+        serde_json::from_str(text).map_err(|e| EncodingsError::Json(e.to_string()))?;
     let root = entries(&value, "$")?;
     let mut file = ModuleFile::default();
     if let Some(section) = root.get("activation_encodings") {
@@ -192,9 +276,14 @@ pub fn read_module_file(text: &str) -> Result<ModuleFile, EncodingsError> {
                 for (slot, value) in entries(slots, &at)? {
                     let at = format!("{at}[{slot:?}]");
                     let Ok(index) = slot.parse() else {
-                        return fail(&at, "the number of an input or output", &slot.as_str().into());
+                        return fail(
+                            &at,
+                            "the number of an input or output",
+                            &slot.as_str().into(),
+                        );
                     };
-                    file.activations.push((module.clone(), side, index, channels(value, &at)?));
+                    file.activations
+                        .push((module.clone(), side, index, channels(value, &at)?));
                 }
             }
         }
@@ -223,7 +312,10 @@ mod tests {
         assert_eq!(weight[0]["min"], -64.0);
         assert_eq!(weight[0]["max"], 63.5);
         assert_eq!(weight[1]["is_symmetric"], "True");
-        assert_eq!(value["activation_encodings"]["conv"]["input"]["0"]["min"], -5.0);
+        assert_eq!(
+            value["activation_encodings"]["conv"]["input"]["0"]["min"],
+            -5.0
+        );
         assert_eq!(value["version"], "0.6.1");
     }
 
@@ -234,7 +326,14 @@ mod tests {
         assert_eq!(file.params[0].0, "conv.weight");
         assert_eq!(
             file.params[0].1[1],
-            Channel::Int { bitwidth: 8, symmetric: true, min: -32.0, max: 31.75, scale: 0.25, offset: -128 }
+            Channel::Int {
+                bitwidth: 8,
+                symmetric: true,
+                min: -32.0,
+                max: 31.75,
+                scale: 0.25,
+                offset: -128
+            }
         );
         assert_eq!(file.activations.len(), 2);
     }
@@ -242,10 +341,19 @@ mod tests {
     #[test]
     fn errors_name_the_place() {
         for (text, place) in [
-            (r#"{"param_encodings": {"w": [{"bitwidth": 8}]}}"#, r#"$.param_encodings["w"][0].is_symmetric"#),
-            (r#"{"param_encodings": {"w": []}}"#, r#"$.param_encodings["w"]"#),
+            (
+                r#"{"param_encodings": {"w": [{"bitwidth": 8}]}}"#,
+                r#"$.param_encodings["w"][0].is_symmetric"#,
+            ),
+            (
+                r#"{"param_encodings": {"w": []}}"#,
+                r#"$.param_encodings["w"]"#,
+            ),
             (r#"{"param_encodings": []}"#, "$.param_encodings"),
-            (r#"{"activation_encodings": {"a": {"inpt": {}}}}"#, r#"$.activation_encodings["a"]"#),
+            (
+                r#"{"activation_encodings": {"a": {"inpt": {}}}}"#,
+                r#"$.activation_encodings["a"]"#,
+            ),
             (
                 r#"{"activation_encodings": {"a": {"input": {"x": {}}}}}"#,
                 r#"$.activation_encodings["a"].input["x"]"#,
@@ -265,6 +373,9 @@ mod tests {
                 other => panic!("{text}: {other:?}"),
             }
         }
-        assert!(matches!(read_module_file("{"), Err(EncodingsError::Json(_))));
+        assert!(matches!(
+            read_module_file("{"),
+            Err(EncodingsError::Json(_))
+        ));
     }
 }

@@ -24,7 +24,12 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Value, EncodingsError
                 remedy: "2.0.0",
             });
         }
-        Grid::Affine { qmin, symmetric, zero_point_shift, .. } => {
+        Grid::Affine {
+            qmin,
+            symmetric,
+            zero_point_shift,
+            ..
+        } => {
             map.insert("dtype".to_owned(), "INT".into());
             map.insert("bw".to_owned(), encoding.bitwidth().into());
             map.insert("is_sym".to_owned(), symmetric.into());
@@ -32,11 +37,20 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Value, EncodingsError
                 let block = block_length(name, encoding)?;
                 map.insert("enc_type".to_owned(), "LPBQ".into());
                 map.insert("block_size".to_owned(), block.into());
-                map.insert("compressed_bw".to_owned(), grouped.compressed_bitwidth.into());
-                map.insert("per_block_int_scale".to_owned(), grouped.per_block_int_scale.clone().into());
+                map.insert(
+                    "compressed_bw".to_owned(),
+                    grouped.compressed_bitwidth.into(),
+                );
+                map.insert(
+                    "per_block_int_scale".to_owned(),
+                    grouped.per_block_int_scale.clone().into(),
+                );
                 map.insert("scale".to_owned(), grouped.per_channel_scale.clone().into());
                 let offset = -(1i64 << (encoding.bitwidth() - 1));
-                map.insert("offset".to_owned(), vec![offset; grouped.per_channel_scale.len()].into());
+                map.insert(
+                    "offset".to_owned(),
+                    vec![offset; grouped.per_channel_scale.len()].into(),
+                );
                 return Ok(Value::Object(map));
             }
             let enc_type = match (&encoding.block_size, encoding.shape.iter().any(|&n| n != 1)) {
@@ -48,13 +62,23 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Value, EncodingsError
             };
             map.insert("enc_type".to_owned(), enc_type.into());
             if enc_type == "PER_BLOCK" {
-                map.insert("block_size".to_owned(), block_length(name, encoding)?.into());
+                map.insert(
+                    "block_size".to_owned(),
+                    block_length(name, encoding)?.into(),
+                );
             }
             map.insert("scale".to_owned(), encoding.scale.clone().into());
-            let offsets: Vec<i64> = encoding.offset.iter().map(|&offset| offset as i64 + qmin).collect();
+            let offsets: Vec<i64> = encoding
+                .offset
+                .iter()
+                .map(|&offset| offset as i64 + qmin)
+                .collect();
             map.insert("offset".to_owned(), offsets.into());
             if zero_point_shift != 0.0 {
-                map.insert("zero_point_shift".to_owned(), vec![zero_point_shift; encoding.scale.len()].into());
+                map.insert(
+                    "zero_point_shift".to_owned(),
+                    vec![zero_point_shift; encoding.scale.len()].into(),
+                );
             }
         }
     }
@@ -81,8 +105,12 @@ fn block_length(name: &str, encoding: &Encoding) -> Result<i64, EncodingsError> 
 pub fn tensor_file(encodings: &ModelEncodings) -> Result<Value, EncodingsError> {
     let (activations, params) = encodings.by_tensor();
     let mut map = header(encodings, VERSION);
-    for (key, entries) in [("activation_encodings", activations), ("param_encodings", params)] {
-        let list: Result<Vec<Value>, _> = entries.iter().map(|(name, e)| encoding(name, e)).collect();
+    for (key, entries) in [
+        ("activation_encodings", activations),
+        ("param_encodings", params),
+    ] {
+        let list: Result<Vec<Value>, _> =
+            entries.iter().map(|(name, e)| encoding(name, e)).collect();
         map.insert(key.to_owned(), Value::Array(list?));
     }
     Ok(Value::Object(map))
@@ -110,7 +138,10 @@ mod tests {
         blocks.shape = vec![2, 2];
         blocks.block_size = Some(vec![1, 16]);
         let value = encoding("w", &blocks).unwrap();
-        assert_eq!((value["enc_type"].as_str(), value["block_size"].as_i64()), (Some("PER_BLOCK"), Some(16)));
+        assert_eq!(
+            (value["enc_type"].as_str(), value["block_size"].as_i64()),
+            (Some("PER_BLOCK"), Some(16))
+        );
 
         let mut grouped = affine(-128, 127, true, &[1.0, 2.0, 3.0, 4.0], &[0.0; 4]);
         grouped.block_size = Some(vec![1, 16]);
@@ -127,11 +158,23 @@ mod tests {
 
     #[test]
     fn small_floats_are_refused() {
-        let format = FloatFormat { exponent_bits: 4, mantissa_bits: 3, finite: true, unsigned_zero: false };
+        let format = FloatFormat {
+            exponent_bits: 4,
+            mantissa_bits: 3,
+            finite: true,
+            unsigned_zero: false,
+        };
         let mut fp8 = affine(0, 1, false, &[1.0], &[0.0]);
         fp8.grid = Grid::Float(format);
-        assert!(matches!(encoding("x", &fp8), Err(EncodingsError::Inexpressible { .. })));
-        fp8.grid = Grid::Float(FloatFormat { exponent_bits: 5, mantissa_bits: 10, ..format });
+        assert!(matches!(
+            encoding("x", &fp8),
+            Err(EncodingsError::Inexpressible { .. })
+        ));
+        fp8.grid = Grid::Float(FloatFormat {
+            exponent_bits: 5,
+            mantissa_bits: 10,
+            ..format
+        });
         assert_eq!(encoding("x", &fp8).unwrap()["dtype"], "FLOAT");
     }
 }

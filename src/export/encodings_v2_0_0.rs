@@ -13,7 +13,12 @@ pub(super) fn nested<T: Clone + Into<Value>>(values: &[T], shape: &[usize]) -> V
         [_] => Value::Array(values.iter().cloned().map(Into::into).collect()),
         [_, rest @ ..] => {
             let chunk = rest.iter().product::<usize>().max(1);
-            Value::Array(values.chunks(chunk).map(|part| nested(part, rest)).collect())
+            Value::Array(
+                values
+                    .chunks(chunk)
+                    .map(|part| nested(part, rest))
+                    .collect(),
+            )
         }
     }
 }
@@ -42,10 +47,18 @@ pub(super) fn layout(
                 remedy: "blocks along one axis",
             });
         };
-        return Ok(Layout { shape: full, axis: Some(axis), block_size: Some(sizes[axis]) });
+        return Ok(Layout {
+            shape: full,
+            axis: Some(axis),
+            block_size: Some(sizes[axis]),
+        });
     }
     if encoding.shape.is_empty() {
-        return Ok(Layout { shape: vec![], axis: None, block_size: None });
+        return Ok(Layout {
+            shape: vec![],
+            axis: None,
+            block_size: None,
+        });
     }
     let axis = encoding.axis().unwrap_or(0);
     if encoding.scale.len() != full.get(axis).copied().unwrap_or(1) {
@@ -56,7 +69,11 @@ pub(super) fn layout(
             remedy: "one channel axis",
         });
     }
-    Ok(Layout { shape: vec![encoding.scale.len()], axis: Some(axis), block_size: None })
+    Ok(Layout {
+        shape: vec![encoding.scale.len()],
+        axis: Some(axis),
+        block_size: None,
+    })
 }
 
 /// `int8`, `uint4`, ... of a grid.
@@ -67,7 +84,10 @@ pub(super) fn integer_dtype(qmin: i64, bitwidth: u32) -> String {
 /// The object of one tensor; `None` for float16 and bfloat16, which are plain casts.
 pub fn encoding(name: &str, encoding: &Encoding) -> Result<Option<Value>, EncodingsError> {
     affine_or_float(name, encoding, VERSION, |map, grouped, layout| {
-        map.insert("per_block_int_scale".to_owned(), nested(&grouped.per_block_int_scale, &layout.shape));
+        map.insert(
+            "per_block_int_scale".to_owned(),
+            nested(&grouped.per_block_int_scale, &layout.shape),
+        );
         let channels = grouped.per_channel_scale.clone();
         map.insert("per_channel_float_scale".to_owned(), channels.into());
     })
@@ -88,22 +108,40 @@ pub(super) fn affine_or_float(
             map.insert("output_dtype".to_owned(), format.name().into());
             map.insert("y_scale".to_owned(), nested(&encoding.scale, &layout.shape));
         }
-        Grid::Affine { qmin, qmax, symmetric, .. } => {
+        Grid::Affine {
+            qmin,
+            qmax,
+            symmetric,
+            ..
+        } => {
             let bitwidth = encoding.bitwidth();
             if let Some(grouped) = &encoding.grouped {
-                map.insert("output_dtype".to_owned(), integer_dtype(qmin, grouped.compressed_bitwidth).into());
+                map.insert(
+                    "output_dtype".to_owned(),
+                    integer_dtype(qmin, grouped.compressed_bitwidth).into(),
+                );
                 write_grouped(&mut map, grouped, &layout);
             } else {
-                map.insert("output_dtype".to_owned(), integer_dtype(qmin, bitwidth).into());
+                map.insert(
+                    "output_dtype".to_owned(),
+                    integer_dtype(qmin, bitwidth).into(),
+                );
                 map.insert("y_scale".to_owned(), nested(&encoding.scale, &layout.shape));
                 // A symmetric grid is centred; its zero point is the centre, 0 if signed.
                 let centre = if qmin < 0 { 0 } else { (qmax - qmin + 1) / 2 };
                 let zero_points: Vec<i64> = match symmetric {
                     true => vec![centre; encoding.scale.len()],
-                    false => encoding.offset.iter().map(|&offset| -(offset as i64)).collect(),
+                    false => encoding
+                        .offset
+                        .iter()
+                        .map(|&offset| -(offset as i64))
+                        .collect(),
                 };
                 if zero_points.iter().any(|&z| z != 0) {
-                    map.insert("y_zero_point".to_owned(), nested(&zero_points, &layout.shape));
+                    map.insert(
+                        "y_zero_point".to_owned(),
+                        nested(&zero_points, &layout.shape),
+                    );
                 }
             }
         }
@@ -127,8 +165,15 @@ pub(super) fn file(
     for (name, encoding) in activations.iter().chain(&params) {
         list.extend(entry(name, encoding)?);
     }
-    let producer = [("package", "rimet".into()), ("version", encodings.producer_version.as_str().into())];
-    Ok(object([("version", version.into()), ("producer", object(producer)), ("encodings", Value::Array(list))]))
+    let producer = [
+        ("package", "rimet".into()),
+        ("version", encodings.producer_version.as_str().into()),
+    ];
+    Ok(object([
+        ("version", version.into()),
+        ("producer", object(producer)),
+        ("encodings", Value::Array(list)),
+    ]))
 }
 
 /// The whole file by tensor names.
@@ -158,8 +203,14 @@ mod tests {
         blocks.block_size = Some(vec![1, 16]);
         let value = encoding("w", &blocks).unwrap().unwrap();
         assert_eq!(value["y_scale"], json!([[1.0, 2.0], [3.0, 4.0]]));
-        assert_eq!((value["axis"].as_i64(), value["block_size"].as_i64()), (Some(1), Some(16)));
+        assert_eq!(
+            (value["axis"].as_i64(), value["block_size"].as_i64()),
+            (Some(1), Some(16))
+        );
         let unsigned = affine(0, 15, true, &[0.5], &[-8.0]);
-        assert_eq!(encoding("w", &unsigned).unwrap().unwrap()["y_zero_point"], 8);
+        assert_eq!(
+            encoding("w", &unsigned).unwrap().unwrap()["y_zero_point"],
+            8
+        );
     }
 }

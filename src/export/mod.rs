@@ -17,9 +17,18 @@ pub enum EncodingsError {
     #[error("encodings file is not valid JSON: {0}")]
     Json(String),
     #[error("encodings file, {at}: expected {expected}, got {got}")]
-    Format { at: String, expected: String, got: String },
+    Format {
+        at: String,
+        expected: String,
+        got: String,
+    },
     #[error("encoding of {name}: version {version} cannot express {what}; use {remedy}")]
-    Inexpressible { name: String, version: &'static str, what: String, remedy: &'static str },
+    Inexpressible {
+        name: String,
+        version: &'static str,
+        what: String,
+        remedy: &'static str,
+    },
     #[error("encodings version: expected 0.6.1, 1.0.0, 2.0.0 or 2.1.0, got {0:?}")]
     Version(String),
 }
@@ -80,7 +89,12 @@ impl FloatFormat {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Grid {
     /// `x = (q + offset) * scale`, `qmin <= q <= qmax`.
-    Affine { qmin: i64, qmax: i64, symmetric: bool, zero_point_shift: f64 },
+    Affine {
+        qmin: i64,
+        qmax: i64,
+        symmetric: bool,
+        zero_point_shift: f64,
+    },
     Float(FloatFormat),
 }
 
@@ -119,12 +133,22 @@ pub struct ModelEncodings {
 impl ModelEncodings {
     /// Activations and parameters by tensor name; activations are called `module.input.0`, `module.output.0`.
     pub fn by_tensor(&self) -> (Vec<(String, &Encoding)>, Vec<(String, &Encoding)>) {
-        let activations = self.activations.iter().map(|(module, side, index, encoding)| {
-            let side = if *side == Side::Input { "input" } else { "output" };
-            let separator = if module.is_empty() { "" } else { "." };
-            (format!("{module}{separator}{side}.{index}"), encoding)
-        });
-        let params = self.params.iter().map(|(name, encoding)| (name.clone(), encoding));
+        let activations = self
+            .activations
+            .iter()
+            .map(|(module, side, index, encoding)| {
+                let side = if *side == Side::Input {
+                    "input"
+                } else {
+                    "output"
+                };
+                let separator = if module.is_empty() { "" } else { "." };
+                (format!("{module}{separator}{side}.{index}"), encoding)
+            });
+        let params = self
+            .params
+            .iter()
+            .map(|(name, encoding)| (name.clone(), encoding));
         (activations.collect(), params.collect())
     }
 }
@@ -150,7 +174,9 @@ pub fn to_text(value: &Value) -> Result<String, EncodingsError> {
     let mut text = Vec::new();
     let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
     let mut serializer = serde_json::Serializer::with_formatter(&mut text, formatter);
-    sorted(value).serialize(&mut serializer).map_err(|e| EncodingsError::Json(e.to_string()))?;
+    sorted(value)
+        .serialize(&mut serializer)
+        .map_err(|e| EncodingsError::Json(e.to_string()))?;
     String::from_utf8(text).map_err(|e| EncodingsError::Json(e.to_string()))
 }
 
@@ -167,16 +193,30 @@ fn sorted(value: &Value) -> Value {
 }
 
 fn object<const N: usize>(entries: [(&str, Value); N]) -> Value {
-    Value::Object(entries.into_iter().map(|(k, v)| (k.to_owned(), v)).collect())
+    Value::Object(
+        entries
+            .into_iter()
+            .map(|(k, v)| (k.to_owned(), v))
+            .collect(),
+    )
 }
 
 fn header(encodings: &ModelEncodings, version: &str) -> Map<String, Value> {
     let mut map = Map::new();
     map.insert("version".to_owned(), version.into());
-    map.insert("excluded_layers".to_owned(), encodings.excluded_layers.clone().into());
-    let producer = [("package", "rimet".into()), ("version", encodings.producer_version.as_str().into())];
+    map.insert(
+        "excluded_layers".to_owned(),
+        encodings.excluded_layers.clone().into(),
+    );
+    let producer = [
+        ("package", "rimet".into()),
+        ("version", encodings.producer_version.as_str().into()),
+    ];
     map.insert("producer".to_owned(), object(producer));
-    map.insert("quantizer_args".to_owned(), Value::Object(encodings.quantizer_args.clone()));
+    map.insert(
+        "quantizer_args".to_owned(),
+        Value::Object(encodings.quantizer_args.clone()),
+    );
     map
 }
 
@@ -196,10 +236,25 @@ pub fn tensor_file(encodings: &ModelEncodings, version: &str) -> Result<String, 
 pub(crate) mod testing {
     use super::*;
 
-    pub fn affine(qmin: i64, qmax: i64, symmetric: bool, scale: &[f64], offset: &[f64]) -> Encoding {
+    pub fn affine(
+        qmin: i64,
+        qmax: i64,
+        symmetric: bool,
+        scale: &[f64],
+        offset: &[f64],
+    ) -> Encoding {
         Encoding {
-            grid: Grid::Affine { qmin, qmax, symmetric, zero_point_shift: 0.0 },
-            shape: if scale.len() == 1 { vec![] } else { vec![scale.len() as i64, 1] },
+            grid: Grid::Affine {
+                qmin,
+                qmax,
+                symmetric,
+                zero_point_shift: 0.0,
+            },
+            shape: if scale.len() == 1 {
+                vec![]
+            } else {
+                vec![scale.len() as i64, 1]
+            },
             scale: scale.to_vec(),
             offset: offset.to_vec(),
             block_size: None,
@@ -210,10 +265,23 @@ pub(crate) mod testing {
     pub fn model() -> ModelEncodings {
         ModelEncodings {
             activations: vec![
-                ("conv".into(), Side::Input, 0, affine(0, 255, false, &[0.5], &[-10.0])),
-                ("conv".into(), Side::Output, 0, affine(0, 255, false, &[0.25], &[0.0])),
+                (
+                    "conv".into(),
+                    Side::Input,
+                    0,
+                    affine(0, 255, false, &[0.5], &[-10.0]),
+                ),
+                (
+                    "conv".into(),
+                    Side::Output,
+                    0,
+                    affine(0, 255, false, &[0.25], &[0.0]),
+                ),
             ],
-            params: vec![("conv.weight".into(), affine(-128, 127, true, &[0.5, 0.25], &[0.0, 0.0]))],
+            params: vec![(
+                "conv.weight".into(),
+                affine(-128, 127, true, &[0.5, 0.25], &[0.0, 0.0]),
+            )],
             producer_version: "9".into(),
             ..ModelEncodings::default()
         }
@@ -229,20 +297,37 @@ mod tests {
     fn widths_and_axes() {
         assert_eq!(affine(-128, 127, true, &[1.0], &[0.0]).bitwidth(), 8);
         assert_eq!(affine(0, 15, false, &[1.0], &[0.0]).bitwidth(), 4);
-        assert_eq!(affine(-(1 << 31), (1 << 31) - 1, true, &[1.0], &[0.0]).bitwidth(), 32);
+        assert_eq!(
+            affine(-(1 << 31), (1 << 31) - 1, true, &[1.0], &[0.0]).bitwidth(),
+            32
+        );
         assert_eq!(affine(0, 15, false, &[1.0], &[0.0]).axis(), None);
-        assert_eq!(affine(0, 15, false, &[1.0, 2.0], &[0.0, 0.0]).axis(), Some(0));
-        let fp8 = FloatFormat { exponent_bits: 4, mantissa_bits: 3, finite: true, unsigned_zero: false };
+        assert_eq!(
+            affine(0, 15, false, &[1.0, 2.0], &[0.0, 0.0]).axis(),
+            Some(0)
+        );
+        let fp8 = FloatFormat {
+            exponent_bits: 4,
+            mantissa_bits: 3,
+            finite: true,
+            unsigned_zero: false,
+        };
         assert_eq!(fp8.name(), "float8e4m3fn");
     }
 
     #[test]
     fn text_is_sorted() {
-        let value = object([("b", 1.into()), ("a", object([("d", 0.1.into()), ("c", Value::Null)]))]);
+        let value = object([
+            ("b", 1.into()),
+            ("a", object([("d", 0.1.into()), ("c", Value::Null)])),
+        ]);
         assert_eq!(
             to_text(&value).unwrap(),
             "{\n    \"a\": {\n        \"c\": null,\n        \"d\": 0.1\n    },\n    \"b\": 1\n}"
         );
-        assert!(matches!(tensor_file(&model(), "3.0.0"), Err(EncodingsError::Version(_))));
+        assert!(matches!(
+            tensor_file(&model(), "3.0.0"),
+            Err(EncodingsError::Version(_))
+        ));
     }
 }

@@ -84,11 +84,18 @@ impl<'v> Place<'v> {
         if got.chars().count() > 60 {
             got = got.chars().take(57).chain("...".chars()).collect();
         }
-        Err(ConfigError::Schema { path: self.path.clone(), expected: expected.to_owned(), got })
+        Err(ConfigError::Schema {
+            path: self.path.clone(),
+            expected: expected.to_owned(),
+            got,
+        })
     }
 
     fn unsupported<T>(&self, reason: &str) -> Result<T> {
-        Err(ConfigError::Unsupported { path: self.path.clone(), reason: reason.to_owned() })
+        Err(ConfigError::Unsupported {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        })
     }
 
     fn object(&self) -> Result<&'v Map<String, Value>> {
@@ -104,13 +111,21 @@ impl<'v> Place<'v> {
         for key in map.keys() {
             if !allowed.contains(&key.as_str()) {
                 let expected = format!("one of the keys {}", allowed.join(", "));
-                return Err(ConfigError::Schema { path: self.at(key), expected, got: "an unknown key".into() });
+                return Err(ConfigError::Schema {
+                    path: self.at(key),
+                    expected,
+                    got: "an unknown key".into(),
+                });
             }
         }
         for key in required {
             if !map.contains_key(*key) {
                 let expected = "this required key".to_owned();
-                return Err(ConfigError::Schema { path: self.at(key), expected, got: "nothing".into() });
+                return Err(ConfigError::Schema {
+                    path: self.at(key),
+                    expected,
+                    got: "nothing".into(),
+                });
             }
         }
         Ok(map)
@@ -118,22 +133,45 @@ impl<'v> Place<'v> {
 
     fn at(&self, key: &str) -> String {
         let plain = key.chars().all(|c| c.is_alphanumeric() || c == '_');
-        if plain { format!("{}.{key}", self.path) } else { format!("{}[{key:?}]", self.path) }
+        if plain {
+            format!("{}.{key}", self.path)
+        } else {
+            format!("{}[{key:?}]", self.path)
+        }
     }
 
     fn get(&self, key: &str) -> Option<Place<'v>> {
         let value = self.value.get(key)?;
-        Some(Place { value, path: self.at(key) })
+        Some(Place {
+            value,
+            path: self.at(key),
+        })
     }
 
     fn children(&self) -> Result<Vec<(&'v str, Place<'v>)>> {
         let map = self.object()?;
-        Ok(map.iter().map(|(k, value)| (k.as_str(), Place { value, path: self.at(k) })).collect())
+        Ok(map
+            .iter()
+            .map(|(k, value)| {
+                (
+                    k.as_str(),
+                    Place {
+                        value,
+                        path: self.at(k),
+                    },
+                )
+            })
+            .collect())
     }
 
     fn items(&self, expected: &str) -> Result<Vec<Place<'v>>> {
-        let Value::Array(items) = self.value else { return self.fail(expected) };
-        let place = |(i, value)| Place { value, path: format!("{}[{i}]", self.path) };
+        let Value::Array(items) = self.value else {
+            return self.fail(expected);
+        };
+        let place = |(i, value)| Place {
+            value,
+            path: format!("{}[{i}]", self.path),
+        };
         Ok(items.iter().enumerate().map(place).collect())
     }
 
@@ -189,12 +227,18 @@ fn kernels(place: &Place, param_required: bool) -> Result<Vec<Kernel>> {
     if items.is_empty() {
         return place.fail("at least one kernel");
     }
-    let required: &[&str] = if param_required { &["activation", "param"] } else { &["activation"] };
+    let required: &[&str] = if param_required {
+        &["activation", "param"]
+    } else {
+        &["activation"]
+    };
     items
         .iter()
         .map(|item| {
             item.entries(&["activation", "param"], required)?;
-            let Some(activation) = item.get("activation") else { return item.fail("an activation format") };
+            let Some(activation) = item.get("activation") else {
+                return item.fail("an activation format");
+            };
             Ok(Kernel {
                 activation: format(&activation)?,
                 param: item.get("param").as_ref().map(format).transpose()?,
@@ -212,7 +256,11 @@ fn param_rule(place: &Place) -> Result<ParamRule> {
 }
 
 fn param_rules(place: &Place) -> Result<BTreeMap<String, ParamRule>> {
-    place.children()?.into_iter().map(|(name, rule)| Ok((name.to_owned(), param_rule(&rule)?))).collect()
+    place
+        .children()?
+        .into_iter()
+        .map(|(name, rule)| Ok((name.to_owned(), param_rule(&rule)?)))
+        .collect()
 }
 
 fn op_rule(place: &Place) -> Result<OpRule> {
@@ -246,8 +294,16 @@ fn op_rule(place: &Place) -> Result<OpRule> {
         is_input_quantized,
         is_output_quantized: place.switch_at("is_output_quantized")?,
         is_symmetric: place.switch_at("is_symmetric")?,
-        params: place.get("params").as_ref().map(param_rules).transpose()?.unwrap_or_default(),
-        supported_kernels: place.get("supported_kernels").map(|p| kernels(&p, false)).transpose()?,
+        params: place
+            .get("params")
+            .as_ref()
+            .map(param_rules)
+            .transpose()?
+            .unwrap_or_default(),
+        supported_kernels: place
+            .get("supported_kernels")
+            .map(|p| kernels(&p, false))
+            .transpose()?,
         per_channel: place.switch_at("per_channel_quantization")?,
         constraints,
     })
@@ -256,13 +312,30 @@ fn op_rule(place: &Place) -> Result<OpRule> {
 impl Config {
     /// Parses and checks the text of a configuration file.
     pub fn parse(text: &str) -> Result<Self> {
-        let value: Value = serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
-        let root = Place { value: &value, path: "$".to_owned() };
-        const REQUIRED: &[&str] =
-            &["defaults", "params", "op_type", "supergroups", "model_input", "model_output"];
-        let allowed: Vec<&str> = REQUIRED.iter().copied().chain(["supergroup_pass_list"]).collect();
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let root = Place {
+            value: &value,
+            path: "$".to_owned(),
+        };
+        const REQUIRED: &[&str] = &[
+            "defaults",
+            "params",
+            "op_type",
+            "supergroups",
+            "model_input",
+            "model_output",
+        ];
+        let allowed: Vec<&str> = REQUIRED
+            .iter()
+            .copied()
+            .chain(["supergroup_pass_list"])
+            .collect();
         root.entries(&allowed, REQUIRED)?;
-        let section = |key: &str| Place { value: &root.value[key], path: root.at(key) };
+        let section = |key: &str| Place {
+            value: &root.value[key],
+            path: root.at(key),
+        };
 
         let mut config = Config::default();
         config.read_defaults(&section("defaults"))?;
@@ -295,15 +368,22 @@ impl Config {
         ];
         place.entries(KEYS, &["ops", "params"])?;
         if let Some(ops) = place.get("ops") {
-            ops.entries(&["is_input_quantized", "is_output_quantized", "is_symmetric"], &[])?;
+            ops.entries(
+                &["is_input_quantized", "is_output_quantized", "is_symmetric"],
+                &[],
+            )?;
             if let Some(input) = ops.get("is_input_quantized") {
                 input.switch()?;
-                return input.unsupported("inputs are quantized by their producers; leave the key out");
+                return input
+                    .unsupported("inputs are quantized by their producers; leave the key out");
             }
             self.ops.is_output_quantized = ops.switch_at("is_output_quantized")?;
-            if let (Some(false), Some(place)) = (self.ops.is_output_quantized, ops.get("is_output_quantized"))
+            if let (Some(false), Some(place)) =
+                (self.ops.is_output_quantized, ops.get("is_output_quantized"))
             {
-                return place.unsupported("outputs cannot be switched off for all operators; leave the key out");
+                return place.unsupported(
+                    "outputs cannot be switched off for all operators; leave the key out",
+                );
             }
             self.ops.is_symmetric = ops.switch_at("is_symmetric")?;
         }
@@ -312,17 +392,26 @@ impl Config {
         }
         self.strict_symmetric = place.switch_at("strict_symmetric")?.unwrap_or(false);
         self.unsigned_symmetric = place.switch_at("unsigned_symmetric")?.unwrap_or(false);
-        self.per_channel = place.switch_at("per_channel_quantization")?.unwrap_or(false);
-        self.hw_version =
-            place.get("hw_version").map(|p| p.string().map(str::to_owned)).transpose()?;
-        self.supported_kernels = place.get("supported_kernels").map(|p| kernels(&p, true)).transpose()?;
+        self.per_channel = place
+            .switch_at("per_channel_quantization")?
+            .unwrap_or(false);
+        self.hw_version = place
+            .get("hw_version")
+            .map(|p| p.string().map(str::to_owned))
+            .transpose()?;
+        self.supported_kernels = place
+            .get("supported_kernels")
+            .map(|p| kernels(&p, true))
+            .transpose()?;
         Ok(())
     }
 }
 
 fn supergroup(place: &Place) -> Result<Vec<String>> {
     place.entries(&["op_list"], &["op_list"])?;
-    let Some(list) = place.get("op_list") else { return place.fail("an object with op_list") };
+    let Some(list) = place.get("op_list") else {
+        return place.fail("an object with op_list");
+    };
     let items = list.items("a list of operator types")?;
     if items.len() < 2 {
         return list.fail("at least two operator types");
@@ -359,7 +448,11 @@ mod tests {
         let mut json: Value = serde_json::from_str(MINIMAL).unwrap();
         let mut at = &mut json;
         for key in path {
-            at = at.as_object_mut().unwrap().entry(key.to_string()).or_insert(Value::Object(Map::new()));
+            at = at
+                .as_object_mut()
+                .unwrap()
+                .entry(key.to_string())
+                .or_insert(Value::Object(Map::new()));
         }
         *at = serde_json::from_str(value).unwrap();
         Config::parse(&json.to_string())
@@ -388,33 +481,60 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.ops.is_symmetric, Some(false));
-        assert_eq!(config.op_rules["Softmax"].constraints, Some((0.0, Some(1.0))));
+        assert_eq!(
+            config.op_rules["Softmax"].constraints,
+            Some((0.0, Some(1.0)))
+        );
         assert_eq!(config.op_rules["Conv"].per_channel, Some(false));
         assert_eq!(config.param_rules["bias"].is_quantized, Some(false));
-        assert_eq!(config.supergroups, vec![vec!["Conv".to_owned(), "Relu".to_owned()]]);
+        assert_eq!(
+            config.supergroups,
+            vec![vec!["Conv".to_owned(), "Relu".to_owned()]]
+        );
         assert!(config.quantize_model_input && !config.quantize_model_output && config.per_channel);
         assert_eq!(config.hw_version.as_deref(), Some("V73"));
-        let float16 = Format { dtype: Dtype::Float, bitwidth: 16 };
+        let float16 = Format {
+            dtype: Dtype::Float,
+            bitwidth: 16,
+        };
         assert_eq!(config.supported_kernels.unwrap()[0].param, Some(float16));
     }
 
     #[test]
     fn errors_name_the_place() {
-        assert_eq!(schema_path(with(&["params", "bias", "is_quantized"], "false")), "$.params.bias.is_quantized");
-        assert_eq!(schema_path(with(&["op_type", "Conv", "colour"], "1")), "$.op_type.Conv.colour");
-        assert_eq!(schema_path(with(&["supergroups"], r#"[{"op_list": ["Conv"]}]"#)), "$.supergroups[0].op_list");
+        assert_eq!(
+            schema_path(with(&["params", "bias", "is_quantized"], "false")),
+            "$.params.bias.is_quantized"
+        );
+        assert_eq!(
+            schema_path(with(&["op_type", "Conv", "colour"], "1")),
+            "$.op_type.Conv.colour"
+        );
+        assert_eq!(
+            schema_path(with(&["supergroups"], r#"[{"op_list": ["Conv"]}]"#)),
+            "$.supergroups[0].op_list"
+        );
         assert_eq!(
             schema_path(with(&["supergroups"], r#"[{"op_list": ["Conv", "Nope"]}]"#)),
             "$.supergroups[0].op_list[1]"
         );
         assert_eq!(schema_path(with(&["extra"], "{}")), "$.extra");
-        assert_eq!(schema_path(with(&["defaults"], r#"{"ops": {}}"#)), "$.defaults.params");
         assert_eq!(
-            schema_path(with(&["defaults", "supported_kernels"], r#"[{"activation": {"bitwidth": 8, "dtype": "int"}}]"#)),
+            schema_path(with(&["defaults"], r#"{"ops": {}}"#)),
+            "$.defaults.params"
+        );
+        assert_eq!(
+            schema_path(with(
+                &["defaults", "supported_kernels"],
+                r#"[{"activation": {"bitwidth": 8, "dtype": "int"}}]"#
+            )),
             "$.defaults.supported_kernels[0].param"
         );
         assert_eq!(
-            schema_path(with(&["op_type", "Relu", "encoding_constraints"], r#"{"min": 1, "max": 0}"#)),
+            schema_path(with(
+                &["op_type", "Relu", "encoding_constraints"],
+                r#"{"min": 1, "max": 0}"#
+            )),
             "$.op_type.Relu.encoding_constraints"
         );
         assert_eq!(schema_path(Config::parse("[]")), "$");
@@ -434,7 +554,10 @@ mod tests {
                 r#"[{"activation": {"bitwidth": 8, "dtype": "float"}}]"#,
             ),
         ] {
-            assert!(matches!(with(&path, value), Err(ConfigError::Unsupported { .. })), "{path:?}");
+            assert!(
+                matches!(with(&path, value), Err(ConfigError::Unsupported { .. })),
+                "{path:?}"
+            );
         }
     }
 }

@@ -8,13 +8,23 @@ pub enum ConfigError {
     Json(String),
     /// A key or value that the format does not allow. `path` is a JSON path such as `$.op_type.Conv`.
     #[error("quantsim configuration, {path}: expected {expected}, got {got}")]
-    Schema { path: String, expected: String, got: String },
+    Schema {
+        path: String,
+        expected: String,
+        got: String,
+    },
     /// Allowed by the format, but without a meaning here.
     #[error("quantsim configuration, {path}: {reason}")]
     Unsupported { path: String, reason: String },
     /// Two rules ask the same quantizer for different things.
-    #[error("quantsim configuration: rules contradict each other on {quantizer}: {first} and {second}")]
-    Conflict { quantizer: String, first: String, second: String },
+    #[error(
+        "quantsim configuration: rules contradict each other on {quantizer}: {first} and {second}"
+    )]
+    Conflict {
+        quantizer: String,
+        first: String,
+        second: String,
+    },
 }
 
 /// What can be wrong with a recorded graph.

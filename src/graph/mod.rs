@@ -130,8 +130,13 @@ impl Graph {
     pub fn is_passthrough(&self, id: NodeId) -> bool {
         let node = &self.nodes[id];
         match node.module {
-            Some(module) => op_types::PASSTHROUGH_MODULES.contains(&self.modules[module].class.as_str()),
-            None => node.function.as_deref().is_some_and(|f| op_types::PASSTHROUGH_FUNCTIONS.contains(&f)),
+            Some(module) => {
+                op_types::PASSTHROUGH_MODULES.contains(&self.modules[module].class.as_str())
+            }
+            None => node
+                .function
+                .as_deref()
+                .is_some_and(|f| op_types::PASSTHROUGH_FUNCTIONS.contains(&f)),
         }
     }
 }
@@ -161,7 +166,13 @@ impl GraphBuilder {
 
     /// Declares a tensor that no node made.
     pub fn tensor(&mut self, source: Source, shape: Vec<i64>, dtype: String) -> TensorId {
-        self.graph.tensors.push(Tensor { source, shape, dtype, output: None, consumers: Vec::new() });
+        self.graph.tensors.push(Tensor {
+            source,
+            shape,
+            dtype,
+            output: None,
+            consumers: Vec::new(),
+        });
         self.graph.tensors.len() - 1
     }
 
@@ -172,8 +183,12 @@ impl GraphBuilder {
         inputs: Vec<Input>,
         outputs: Vec<(Vec<i64>, String)>,
     ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
-        let module =
-            self.graph.module(path).ok_or_else(|| GraphError::UnknownModule { path: path.to_owned() })?;
+        let module = self
+            .graph
+            .module(path)
+            .ok_or_else(|| GraphError::UnknownModule {
+                path: path.to_owned(),
+            })?;
         let op_type = op_types::module_op_type(&self.graph.modules[module].class).to_owned();
         let call = self.graph.modules[module].calls.len();
         let node = Node {
@@ -201,7 +216,10 @@ impl GraphBuilder {
         in_place: bool,
     ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
         let function = op_types::canonical(name).to_owned();
-        let counter = self.function_calls.entry((scope.to_owned(), function.clone())).or_insert(0);
+        let counter = self
+            .function_calls
+            .entry((scope.to_owned(), function.clone()))
+            .or_insert(0);
         let call = *counter;
         *counter += 1;
         let node = Node {
@@ -220,7 +238,11 @@ impl GraphBuilder {
     /// Says that tensor `id` is output `position` of the model.
     pub fn output(&mut self, id: TensorId, position: usize) -> Result<(), GraphError> {
         let known = self.graph.tensors.len();
-        let tensor = self.graph.tensors.get_mut(id).ok_or(GraphError::UnknownTensor { id, known })?;
+        let tensor = self
+            .graph
+            .tensors
+            .get_mut(id)
+            .ok_or(GraphError::UnknownTensor { id, known })?;
         tensor.output.get_or_insert(position);
         Ok(())
     }
@@ -238,8 +260,11 @@ impl GraphBuilder {
         let id = self.graph.nodes.len();
         let known = self.graph.tensors.len();
         for input in node.inputs.iter().filter_map(|input| input.tensor) {
-            let tensor =
-                self.graph.tensors.get_mut(input).ok_or(GraphError::UnknownTensor { id: input, known })?;
+            let tensor = self
+                .graph
+                .tensors
+                .get_mut(input)
+                .ok_or(GraphError::UnknownTensor { id: input, known })?;
             tensor.consumers.push(id);
         }
         for (position, (shape, dtype)) in outputs.into_iter().enumerate() {
@@ -272,15 +297,34 @@ pub(crate) mod testing {
     }
 
     pub fn conv(path: &str, groups: i64) -> Module {
-        let weight = Parameter { name: "weight".into(), shape: vec![8, 8 / groups, 3, 3] };
-        let bias = Parameter { name: "bias".into(), shape: vec![8] };
-        Module { params: vec![weight, bias], groups, ..module(path, "nn.Conv2d") }
+        let weight = Parameter {
+            name: "weight".into(),
+            shape: vec![8, 8 / groups, 3, 3],
+        };
+        let bias = Parameter {
+            name: "bias".into(),
+            shape: vec![8],
+        };
+        Module {
+            params: vec![weight, bias],
+            groups,
+            ..module(path, "nn.Conv2d")
+        }
     }
 
     pub fn norm(path: &str) -> Module {
-        let weight = Parameter { name: "weight".into(), shape: vec![8] };
-        let bias = Parameter { name: "bias".into(), shape: vec![8] };
-        Module { params: vec![weight, bias], ..module(path, "nn.BatchNorm2d") }
+        let weight = Parameter {
+            name: "weight".into(),
+            shape: vec![8],
+        };
+        let bias = Parameter {
+            name: "bias".into(),
+            shape: vec![8],
+        };
+        Module {
+            params: vec![weight, bias],
+            ..module(path, "nn.BatchNorm2d")
+        }
     }
 
     pub struct Net(pub GraphBuilder);
@@ -290,10 +334,15 @@ pub(crate) mod testing {
             Net(GraphBuilder::new())
         }
         pub fn input(&mut self) -> TensorId {
-            self.0.tensor(Source::Input(0), vec![1, 8, 8, 8], "float32".into())
+            self.0
+                .tensor(Source::Input(0), vec![1, 8, 8, 8], "float32".into())
         }
         fn args(tensors: &[TensorId]) -> Vec<Input> {
-            let arg = |(slot, &t)| Input { slot, tensor: Some(t), value: None };
+            let arg = |(slot, &t)| Input {
+                slot,
+                tensor: Some(t),
+                value: None,
+            };
             tensors.iter().enumerate().map(arg).collect()
         }
         /// Declares a module and calls it.
@@ -308,7 +357,10 @@ pub(crate) mod testing {
         }
         pub fn function(&mut self, name: &str, inputs: &[TensorId]) -> TensorId {
             let out = vec![(vec![1, 8, 8, 8], "float32".to_owned())];
-            self.0.call_function(name, "", Self::args(inputs), out, false).unwrap().1[0]
+            self.0
+                .call_function(name, "", Self::args(inputs), out, false)
+                .unwrap()
+                .1[0]
         }
         pub fn finish(mut self, output: TensorId) -> Graph {
             self.0.output(output, 0).unwrap();
@@ -334,8 +386,14 @@ mod tests {
         assert_eq!(graph.tensors[a].consumers, vec![1, 2]);
         assert_eq!(graph.producer(b), Some(1));
         assert_eq!(graph.nodes[1].call, 1);
-        assert_eq!((graph.nodes[2].op_type.as_str(), graph.nodes[2].call), ("Add", 0));
-        assert_eq!((graph.nodes[3].op_type.as_str(), graph.nodes[3].call), ("Add", 1));
+        assert_eq!(
+            (graph.nodes[2].op_type.as_str(), graph.nodes[2].call),
+            ("Add", 0)
+        );
+        assert_eq!(
+            (graph.nodes[3].op_type.as_str(), graph.nodes[3].call),
+            ("Add", 1)
+        );
         assert_eq!(graph.modules[0].calls, vec![0, 1]);
         assert_eq!(graph.tensors[d].output, Some(0));
     }
@@ -348,7 +406,11 @@ mod tests {
             builder.module(module("a", "nn.ReLU")),
             Err(GraphError::DuplicateModule { path }) if path == "a"
         ));
-        let input = Input { slot: 0, tensor: Some(7), value: None };
+        let input = Input {
+            slot: 0,
+            tensor: Some(7),
+            value: None,
+        };
         assert!(matches!(
             builder.call_module("a", vec![input], vec![]),
             Err(GraphError::UnknownTensor { id: 7, known: 0 })

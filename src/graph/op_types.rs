@@ -8,13 +8,21 @@
 type Row = (&'static str, &'static [&'static str], Option<&'static str>);
 
 const TABLE: &[Row] = &[
-    ("nn.AdaptiveAvgPool2d", &["GlobalAveragePool", "AveragePool"], None),
+    (
+        "nn.AdaptiveAvgPool2d",
+        &["GlobalAveragePool", "AveragePool"],
+        None,
+    ),
     ("nn.AvgPool2d", &["AveragePool"], Some("PoolAvg2d")),
     ("nn.AvgPool3d", &[], Some("PoolAvg3d")),
     ("nn.BatchNorm1d", &["BatchNormalization"], Some("Batchnorm")),
     ("nn.BatchNorm2d", &["BatchNormalization"], Some("Batchnorm")),
     ("nn.BatchNorm3d", &[], Some("Batchnorm")),
-    ("nn.ChannelShuffle", &["ChannelShuffle"], Some("ChannelShuffle")),
+    (
+        "nn.ChannelShuffle",
+        &["ChannelShuffle"],
+        Some("ChannelShuffle"),
+    ),
     ("nn.ConstantPad1d", &["Pad"], None),
     ("nn.ConstantPad2d", &["Pad"], None),
     ("nn.ConstantPad3d", &["Pad"], None),
@@ -22,7 +30,11 @@ const TABLE: &[Row] = &[
     ("nn.Conv2d", &["Conv"], Some("Conv2d")),
     ("nn.Conv3d", &[], Some("Conv3d")),
     ("nn.ConvTranspose1d", &[], Some("TransposeConv1d")),
-    ("nn.ConvTranspose2d", &["ConvTranspose"], Some("TransposeConv2d")),
+    (
+        "nn.ConvTranspose2d",
+        &["ConvTranspose"],
+        Some("TransposeConv2d"),
+    ),
     ("nn.ConvTranspose3d", &[], Some("TransposeConv3d")),
     ("nn.Dropout", &["Dropout"], None),
     ("nn.Dropout2d", &["Dropout"], None),
@@ -35,8 +47,16 @@ const TABLE: &[Row] = &[
     ("nn.Hardswish", &["HardSwish"], Some("HardSwish")),
     ("nn.Hardtanh", &[], Some("ReluMinMax")),
     ("nn.Identity", &["Identity"], None),
-    ("nn.InstanceNorm1d", &["InstanceNormalization"], Some("InstanceNorm")),
-    ("nn.InstanceNorm2d", &["InstanceNormalization"], Some("InstanceNorm")),
+    (
+        "nn.InstanceNorm1d",
+        &["InstanceNormalization"],
+        Some("InstanceNorm"),
+    ),
+    (
+        "nn.InstanceNorm2d",
+        &["InstanceNormalization"],
+        Some("InstanceNorm"),
+    ),
     ("nn.InstanceNorm3d", &[], Some("InstanceNorm")),
     ("nn.LPPool2d", &[], Some("L2Pool2d")),
     ("nn.LSTM", &["LSTM"], Some("Lstm")),
@@ -83,12 +103,20 @@ const TABLE: &[Row] = &[
     ("custom.Atan", &[], Some("ElementWiseAtan")),
     ("custom.AvgPool2d", &[], Some("PoolAvg2d")),
     ("custom.Cast", &["Cast"], Some("Cast")),
-    ("custom.ChannelShuffle", &["ChannelShuffle"], Some("ChannelShuffle")),
+    (
+        "custom.ChannelShuffle",
+        &["ChannelShuffle"],
+        Some("ChannelShuffle"),
+    ),
     ("custom.Concat", &["Concat"], Some("Concat")),
     ("custom.Cos", &["Cos"], Some("ElementWiseCos")),
     ("custom.CumSum", &[], Some("CumulativeSum")),
     ("custom.CustomGather", &["Gather"], Some("Gather")),
-    ("custom.DepthToSpaceDCRMode", &["DepthToSpace"], Some("DepthToSpace")),
+    (
+        "custom.DepthToSpaceDCRMode",
+        &["DepthToSpace"],
+        Some("DepthToSpace"),
+    ),
     ("custom.Divide", &["Div"], Some("ElementWiseDivide")),
     ("custom.ElementwiseCeil", &[], Some("ElementWiseCeil")),
     ("custom.ElementwiseFloor", &[], Some("ElementWiseFloor")),
@@ -120,7 +148,11 @@ const TABLE: &[Row] = &[
     ("custom.Minimum", &[], Some("ElementWiseMinimum")),
     ("custom.Multiply", &["Mul"], Some("ElementWiseMultiply")),
     ("custom.Neg", &[], Some("ElementWiseNeg")),
-    ("custom.NonMaxSuppression", &["NonMaxSuppression"], Some("NonMaxSuppression")),
+    (
+        "custom.NonMaxSuppression",
+        &["NonMaxSuppression"],
+        Some("NonMaxSuppression"),
+    ),
     ("custom.NonZero", &["NonZero"], Some("NonZero")),
     ("custom.Normalize", &[], Some("L2Norm")),
     ("custom.OneHot", &[], Some("OneHot")),
@@ -134,7 +166,11 @@ const TABLE: &[Row] = &[
     ("custom.RmsNorm", &["RMSNormalization"], None),
     ("custom.RoiAlign", &["RoiAlign"], Some("RoiAlign")),
     ("custom.Round", &[], Some("ElementWiseRound")),
-    ("custom.ScatterElements", &["ScatterElements"], Some("ScatterElements")),
+    (
+        "custom.ScatterElements",
+        &["ScatterElements"],
+        Some("ScatterElements"),
+    ),
     ("custom.ScatterND", &["ScatterND"], Some("ScatterNd")),
     ("custom.Select", &["Gather"], None),
     ("custom.Shape", &[], Some("Shape")),
@@ -155,9 +191,32 @@ pub const PASSTHROUGH_FUNCTIONS: &[&str] = &["to", "t", "detach", "values"];
 
 /// ONNX operators for which quantizing the output of a quantized input changes nothing.
 const GRID_PRESERVING: &[&str] = &[
-    "Col2Im", "Compress", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements",
-    "GatherND", "Identity", "MaxPool", "MaxRoiPool", "NonZero", "Pad", "ReduceMax", "ReduceMin", "Reshape",
-    "Slice", "SpaceToDepth", "Split", "SplitToSequence", "Squeeze", "Tile", "TopK", "Transpose", "Unsqueeze",
+    "Col2Im",
+    "Compress",
+    "DepthToSpace",
+    "Dropout",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "Identity",
+    "MaxPool",
+    "MaxRoiPool",
+    "NonZero",
+    "Pad",
+    "ReduceMax",
+    "ReduceMin",
+    "Reshape",
+    "Slice",
+    "SpaceToDepth",
+    "Split",
+    "SplitToSequence",
+    "Squeeze",
+    "Tile",
+    "TopK",
+    "Transpose",
+    "Unsqueeze",
 ];
 
 /// Operators with several inputs whose output grid can serve as the grid of all inputs.
@@ -165,15 +224,42 @@ const GRID_JOINING: &[&str] = &["Concat", "Scatter", "ScatterElements", "Scatter
 
 /// Torch functions that move data without computing on it, so that no quantizer belongs behind them.
 pub const MOVING_FUNCTIONS: &[&str] = &[
-    "size", "view", "narrow", "reshape", "reshape_as", "mean", "index_select", "slice", "select",
-    "unsqueeze", "randn", "flatten", "permute", "squeeze", "contiguous", "copy", "clone", "index",
-    "transpose", "expand", "expand_as", "eq", "ne", "split", "chunk",
+    "size",
+    "view",
+    "narrow",
+    "reshape",
+    "reshape_as",
+    "mean",
+    "index_select",
+    "slice",
+    "select",
+    "unsqueeze",
+    "randn",
+    "flatten",
+    "permute",
+    "squeeze",
+    "contiguous",
+    "copy",
+    "clone",
+    "index",
+    "transpose",
+    "expand",
+    "expand_as",
+    "eq",
+    "ne",
+    "split",
+    "chunk",
 ];
 
 /// Modules through which an output grid is handed on to whoever made the input.
 const TRANSPARENT_MODULES: &[&str] = &[
-    "custom.Reshape", "custom.Permute", "custom.Shape", "custom.Cast", "custom.ChannelShuffle",
-    "nn.ChannelShuffle", "nn.Identity",
+    "custom.Reshape",
+    "custom.Permute",
+    "custom.Shape",
+    "custom.Cast",
+    "custom.ChannelShuffle",
+    "nn.ChannelShuffle",
+    "nn.Identity",
 ];
 
 fn row(class: &str) -> Option<&'static Row> {
@@ -182,7 +268,10 @@ fn row(class: &str) -> Option<&'static Row> {
 
 /// Every class key with its ONNX types.
 pub fn onnx_type_table() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
-    TABLE.iter().filter(|row| !row.1.is_empty()).map(|row| (row.0, row.1))
+    TABLE
+        .iter()
+        .filter(|row| !row.1.is_empty())
+        .map(|row| (row.0, row.1))
 }
 
 /// ONNX types of a module class, the usual one first; empty if it has none.

@@ -62,7 +62,12 @@ impl<'g> Flow<'g> {
                 origins[id].push(origin);
             }
         }
-        Flow { graph, origins, consumers, ops }
+        Flow {
+            graph,
+            origins,
+            consumers,
+            ops,
+        }
     }
 
     pub fn op_type(&self, id: NodeId) -> &str {
@@ -71,7 +76,9 @@ impl<'g> Flow<'g> {
 
     /// The class key of the module of a node.
     pub fn class(&self, id: NodeId) -> Option<&str> {
-        self.graph.nodes[id].module.map(|m| self.graph.modules[m].class.as_str())
+        self.graph.nodes[id]
+            .module
+            .map(|m| self.graph.modules[m].class.as_str())
     }
 
     /// All chains of the given operator types, longest pattern first, in order of execution, no node in two
@@ -87,11 +94,17 @@ impl<'g> Flow<'g> {
         let mut taken = HashSet::new();
         let mut found = Vec::new();
         for pattern in sorted {
-            for &op in self.ops.iter().filter(|&&op| self.op_type(op) == pattern[0]) {
+            for &op in self
+                .ops
+                .iter()
+                .filter(|&&op| self.op_type(op) == pattern[0])
+            {
                 if skip.contains(&op) || reject(op) {
                     continue;
                 }
-                let Some(chain) = self.follow(op, pattern, skip) else { continue };
+                let Some(chain) = self.follow(op, pattern, skip) else {
+                    continue;
+                };
                 if chain.iter().all(|node| !taken.contains(node)) {
                     taken.extend(chain.iter().copied());
                     found.push(chain);
@@ -102,11 +115,18 @@ impl<'g> Flow<'g> {
     }
 
     /// The chain that starts at `start`, where every node but the last has exactly one consumer.
-    fn follow(&self, start: NodeId, pattern: &[String], skip: &HashSet<NodeId>) -> Option<Vec<NodeId>> {
+    fn follow(
+        &self,
+        start: NodeId,
+        pattern: &[String],
+        skip: &HashSet<NodeId>,
+    ) -> Option<Vec<NodeId>> {
         let mut chain = vec![start];
         let mut node = start;
         while chain.len() < pattern.len() {
-            let [(next, _)] = self.consumers[node][..] else { return None };
+            let [(next, _)] = self.consumers[node][..] else {
+                return None;
+            };
             node = next;
             if skip.contains(&node) {
                 continue;
@@ -142,14 +162,28 @@ mod tests {
         let g = net.add(module("r3", "nn.ReLU"), &[f]); // 6
         let graph = net.finish(g);
         let flow = Flow::new(&graph);
-        let patterns =
-            [pattern(&["Conv", "BatchNormalization"]), pattern(&["Conv", "BatchNormalization", "Relu"])];
-        assert_eq!(flow.chains(&patterns, &HashSet::new(), |_| false), vec![vec![0, 1, 2]]);
+        let patterns = [
+            pattern(&["Conv", "BatchNormalization"]),
+            pattern(&["Conv", "BatchNormalization", "Relu"]),
+        ];
+        assert_eq!(
+            flow.chains(&patterns, &HashSet::new(), |_| false),
+            vec![vec![0, 1, 2]]
+        );
         let patterns = [pattern(&["Conv", "Relu"]), pattern(&["Add", "Relu"])];
-        assert_eq!(flow.chains(&patterns, &HashSet::new(), |_| false), vec![vec![5, 6]]);
+        assert_eq!(
+            flow.chains(&patterns, &HashSet::new(), |_| false),
+            vec![vec![5, 6]]
+        );
         let skip = HashSet::from([1]);
-        assert_eq!(flow.chains(&patterns, &skip, |_| false), vec![vec![0, 2], vec![5, 6]]);
-        assert_eq!(flow.chains(&patterns, &skip, |op| op == 0), vec![vec![5, 6]]);
+        assert_eq!(
+            flow.chains(&patterns, &skip, |_| false),
+            vec![vec![0, 2], vec![5, 6]]
+        );
+        assert_eq!(
+            flow.chains(&patterns, &skip, |op| op == 0),
+            vec![vec![5, 6]]
+        );
     }
 
     #[test]
@@ -162,7 +196,10 @@ mod tests {
         let d = net.add(module("r", "nn.ReLU"), &[c]);
         let graph = net.finish(d);
         let flow = Flow::new(&graph);
-        assert_eq!(flow.chains(&[pattern(&["Conv", "Relu"])], &HashSet::new(), |_| false), vec![vec![0, 3]]);
+        assert_eq!(
+            flow.chains(&[pattern(&["Conv", "Relu"])], &HashSet::new(), |_| false),
+            vec![vec![0, 3]]
+        );
         assert_eq!(flow.origins[3], vec![Origin::Node(0, 0)]);
     }
 }

@@ -137,19 +137,39 @@ impl<'a> Placement<'a> {
             if module.quantizable {
                 // A module that did not run is taken to have one input and one output.
                 let arity = |count: &dyn Fn(NodeId) -> usize| {
-                    module.calls.iter().map(|&node| count(node)).max().unwrap_or(1).max(1)
+                    module
+                        .calls
+                        .iter()
+                        .map(|&node| count(node))
+                        .max()
+                        .unwrap_or(1)
+                        .max(1)
                 };
                 let nodes = &flow.graph.nodes;
-                let inputs = arity(&|n| nodes[n].inputs.iter().map(|i| i.slot + 1).max().unwrap_or(1));
+                let inputs = arity(&|n| {
+                    nodes[n]
+                        .inputs
+                        .iter()
+                        .map(|i| i.slot + 1)
+                        .max()
+                        .unwrap_or(1)
+                });
                 let outputs = arity(&|n| nodes[n].outputs.len());
                 for i in 0..inputs {
-                    slots.inputs.push(this.add(format!("input {i} of {}", module.path), defaults.activation));
+                    slots.inputs.push(
+                        this.add(format!("input {i} of {}", module.path), defaults.activation),
+                    );
                 }
                 for i in 0..outputs {
-                    slots.outputs.push(this.add(format!("output {i} of {}", module.path), defaults.activation));
+                    slots.outputs.push(this.add(
+                        format!("output {i} of {}", module.path),
+                        defaults.activation,
+                    ));
                 }
                 for param in &module.params {
-                    slots.params.push(this.add(format!("{}.{}", module.path, param.name), defaults.param));
+                    slots
+                        .params
+                        .push(this.add(format!("{}.{}", module.path, param.name), defaults.param));
                 }
             }
             this.slots.push(slots);
@@ -171,7 +191,9 @@ impl<'a> Placement<'a> {
 
     /// The module of a node, if it gets quantizers.
     fn quantized_module(&self, node: NodeId) -> Option<ModuleId> {
-        self.flow.graph.nodes[node].module.filter(|&m| self.flow.graph.modules[m].quantizable)
+        self.flow.graph.nodes[node]
+            .module
+            .filter(|&m| self.flow.graph.modules[m].quantizable)
     }
 
     fn quantized_modules(&self) -> impl Iterator<Item = ModuleId> + 'a {
@@ -198,10 +220,12 @@ impl<'a> Placement<'a> {
     }
 
     fn producers(&self, node: NodeId) -> impl Iterator<Item = NodeId> + '_ {
-        self.flow.origins[node].iter().filter_map(|origin| match origin {
-            Origin::Node(producer, _) => Some(*producer),
-            _ => None,
-        })
+        self.flow.origins[node]
+            .iter()
+            .filter_map(|origin| match origin {
+                Origin::Node(producer, _) => Some(*producer),
+                _ => None,
+            })
     }
 
     fn reach_of_node(&self, node: NodeId) -> Reach {
@@ -213,7 +237,10 @@ impl<'a> Placement<'a> {
                 reach.input_off.extend(&self.slots[module].inputs);
             }
             None => {
-                for module in self.producers(node).filter_map(|p| self.quantized_module(p)) {
+                for module in self
+                    .producers(node)
+                    .filter_map(|p| self.quantized_module(p))
+                {
                     reach.input_on.extend(self.slots[module].outputs.first());
                 }
                 self.consumer_inputs(node, &mut reach.output_on);
@@ -245,9 +272,15 @@ impl<'a> Placement<'a> {
     fn elementwise_functions(&self) -> Vec<NodeId> {
         let graph = self.flow.graph;
         let is_elementwise = |&node: &NodeId| {
-            graph.nodes[node].module.is_none() && op_types::is_elementwise_function(self.flow.op_type(node))
+            graph.nodes[node].module.is_none()
+                && op_types::is_elementwise_function(self.flow.op_type(node))
         };
-        self.flow.ops.iter().copied().filter(is_elementwise).collect()
+        self.flow
+            .ops
+            .iter()
+            .copied()
+            .filter(is_elementwise)
+            .collect()
     }
 
     fn apply_defaults(&mut self) -> Result<(), ConfigError> {
@@ -277,7 +310,11 @@ impl<'a> Placement<'a> {
     }
 
     /// Only weights and biases can have rules of their own.
-    fn apply_named_param_rules(&mut self, module: ModuleId, rule: impl Fn(&str) -> Option<ParamRule>) {
+    fn apply_named_param_rules(
+        &mut self,
+        module: ModuleId,
+        rule: impl Fn(&str) -> Option<ParamRule>,
+    ) {
         let params = &self.flow.graph.modules[module].params;
         for (index, param) in params.iter().enumerate() {
             let name = match param.name.as_str() {
@@ -299,7 +336,10 @@ impl<'a> Placement<'a> {
 
     fn apply_op_rules(&mut self) -> Result<(), ConfigError> {
         let rules = self.op_rules();
-        let no_output = OpRule { is_output_quantized: Some(false), ..OpRule::default() };
+        let no_output = OpRule {
+            is_output_quantized: Some(false),
+            ..OpRule::default()
+        };
         let mut done = HashMap::new();
         for module in self.quantized_modules() {
             let class = self.flow.graph.modules[module].class.as_str();
@@ -337,15 +377,32 @@ impl<'a> Placement<'a> {
     /// The operator rules. A rule for a target's name takes what the rule for the ONNX name says, if there
     /// is one, and keeps its own kernels.
     fn op_rules(&self) -> HashMap<&'a str, OpRule> {
-        let mut rules: HashMap<&str, OpRule> =
-            self.config.op_rules.iter().map(|(name, rule)| (name.as_str(), rule.clone())).collect();
+        let mut rules: HashMap<&str, OpRule> = self
+            .config
+            .op_rules
+            .iter()
+            .map(|(name, rule)| (name.as_str(), rule.clone()))
+            .collect();
         for module in &self.flow.graph.modules {
-            let Some(target) = op_types::target_type(&module.class) else { continue };
-            let Some((target, own)) = self.config.op_rules.get_key_value(target) else { continue };
-            for onnx in op_types::onnx_types(&module.class).iter().filter(|onnx| *onnx != target) {
+            let Some(target) = op_types::target_type(&module.class) else {
+                continue;
+            };
+            let Some((target, own)) = self.config.op_rules.get_key_value(target) else {
+                continue;
+            };
+            for onnx in op_types::onnx_types(&module.class)
+                .iter()
+                .filter(|onnx| *onnx != target)
+            {
                 if let Some(onnx_rule) = self.config.op_rules.get(*onnx) {
-                    let kernels = own.supported_kernels.clone().or(onnx_rule.supported_kernels.clone());
-                    let merged = OpRule { supported_kernels: kernels, ..onnx_rule.clone() };
+                    let kernels = own
+                        .supported_kernels
+                        .clone()
+                        .or(onnx_rule.supported_kernels.clone());
+                    let merged = OpRule {
+                        supported_kernels: kernels,
+                        ..onnx_rule.clone()
+                    };
                     rules.insert(target.as_str(), merged);
                 }
             }
@@ -359,31 +416,43 @@ impl<'a> Placement<'a> {
         rule: &OpRule,
         done: &mut HashMap<(QuantizerId, Setting), String>,
     ) -> Result<(), ConfigError> {
-        let mut set = |ids: &[QuantizerId], setting, text: String, change: &dyn Fn(&mut Quantizer)| {
-            for &id in ids {
-                match done.get(&(id, setting)) {
-                    Some(first) if *first != text => {
-                        return Err(ConfigError::Conflict {
-                            quantizer: self.names[id].clone(),
-                            first: first.clone(),
-                            second: text,
-                        });
-                    }
-                    Some(_) => {}
-                    None => {
-                        change(&mut self.quantizers[id]);
-                        done.insert((id, setting), text.clone());
+        let mut set =
+            |ids: &[QuantizerId], setting, text: String, change: &dyn Fn(&mut Quantizer)| {
+                for &id in ids {
+                    match done.get(&(id, setting)) {
+                        Some(first) if *first != text => {
+                            return Err(ConfigError::Conflict {
+                                quantizer: self.names[id].clone(),
+                                first: first.clone(),
+                                second: text,
+                            });
+                        }
+                        Some(_) => {}
+                        None => {
+                            change(&mut self.quantizers[id]);
+                            done.insert((id, setting), text.clone());
+                        }
                     }
                 }
-            }
-            Ok(())
-        };
+                Ok(())
+            };
         if rule.is_input_quantized == Some(true) {
-            set(&reach.input_on, Setting::Enabled, "quantized: true".into(), &|q| q.enabled = true)?;
+            set(
+                &reach.input_on,
+                Setting::Enabled,
+                "quantized: true".into(),
+                &|q| q.enabled = true,
+            )?;
         }
         if let Some(on) = rule.is_output_quantized {
-            let ids = if on { &reach.output_on } else { &reach.output_off };
-            set(ids, Setting::Enabled, format!("quantized: {on}"), &|q| q.enabled = on)?;
+            let ids = if on {
+                &reach.output_on
+            } else {
+                &reach.output_off
+            };
+            set(ids, Setting::Enabled, format!("quantized: {on}"), &|q| {
+                q.enabled = on
+            })?;
         }
         if let Some(symmetric) = rule.is_symmetric {
             for ids in [&reach.input_off, &reach.output_off] {
@@ -393,7 +462,9 @@ impl<'a> Placement<'a> {
         }
         if let Some(range) = rule.constraints {
             let text = format!("encoding_constraints: {range:?}");
-            set(&reach.output_on, Setting::Constraints, text, &|q| q.constraints = Some(range))?;
+            set(&reach.output_on, Setting::Constraints, text, &|q| {
+                q.constraints = Some(range)
+            })?;
         }
         Ok(())
     }
@@ -403,18 +474,25 @@ impl<'a> Placement<'a> {
         let fold = ["Conv", "ConvTranspose", "Gemm"]
             .map(|first| vec![first.to_owned(), "BatchNormalization".to_owned()]);
         // A grouped transposed convolution cannot take up a batch norm.
-        let folded = self.flow.chains(&fold, &HashSet::new(), |_| false).into_iter().filter(|chain| {
-            let module = graph.nodes[chain[0]].module.map(|m| &graph.modules[m]);
-            !module.is_some_and(|m| m.class == "nn.ConvTranspose2d" && m.groups != 1)
-        });
+        let folded = self
+            .flow
+            .chains(&fold, &HashSet::new(), |_| false)
+            .into_iter()
+            .filter(|chain| {
+                let module = graph.nodes[chain[0]].module.map(|m| &graph.modules[m]);
+                !module.is_some_and(|m| m.class == "nn.ConvTranspose2d" && m.groups != 1)
+            });
         let folded: Vec<Vec<NodeId>> = folded.collect();
         let norms: HashSet<NodeId> = folded.iter().map(|chain| chain[1]).collect();
-        let chains =
-            self.flow.chains(&self.config.supergroups, &norms, |node| self.has_no_fused_kernel(node));
+        let chains = self.flow.chains(&self.config.supergroups, &norms, |node| {
+            self.has_no_fused_kernel(node)
+        });
         for chain in chains {
             let last = chain.len() - 1;
             for (position, &node) in chain.iter().enumerate() {
-                let Some(module) = self.quantized_module(node) else { continue };
+                let Some(module) = self.quantized_module(node) else {
+                    continue;
+                };
                 if position != 0 {
                     self.disable(module, |slots| &slots.inputs);
                 }
@@ -424,16 +502,20 @@ impl<'a> Placement<'a> {
             }
         }
         for chain in folded {
-            let (Some(layer), Some(norm)) =
-                (self.quantized_module(chain[0]), self.quantized_module(chain[1]))
-            else {
+            let (Some(layer), Some(norm)) = (
+                self.quantized_module(chain[0]),
+                self.quantized_module(chain[1]),
+            ) else {
                 continue;
             };
             self.disable(norm, |slots| &slots.inputs);
             self.disable(norm, |slots| &slots.params);
             // The norm will be folded into the layer, so the pair has one output: the norm's.
             let layer_outputs = self.slots[layer].outputs.iter();
-            let pairs: Vec<_> = layer_outputs.copied().zip(self.slots[norm].outputs.clone()).collect();
+            let pairs: Vec<_> = layer_outputs
+                .copied()
+                .zip(self.slots[norm].outputs.clone())
+                .collect();
             for (layer, norm) in pairs {
                 self.quantizers[norm].enabled = self.quantizers[layer].enabled;
                 self.quantizers[layer].enabled = false;
@@ -453,10 +535,15 @@ impl<'a> Placement<'a> {
         if !matches!(op_type, "Conv" | "ConvTranspose") {
             return false;
         }
-        let Some(module) = self.flow.graph.nodes[node].module.map(|m| &self.flow.graph.modules[m]) else {
+        let Some(module) = self.flow.graph.nodes[node]
+            .module
+            .map(|m| &self.flow.graph.modules[m])
+        else {
             return false;
         };
-        let Some(weight) = module.params.iter().find(|p| p.name == "weight") else { return false };
+        let Some(weight) = module.params.iter().find(|p| p.name == "weight") else {
+            return false;
+        };
         let depthwise = module.groups != 1
             && match op_type {
                 "Conv" => weight.shape.get(1) == Some(&1),
@@ -481,10 +568,15 @@ impl<'a> Placement<'a> {
                 })
                 .collect();
             let first_is_root = matches!(self.flow.origins[node].first(), Some(Origin::Root(_)));
-            quantized[node] = match (self.quantized_module(node), self.flow.graph.nodes[node].module) {
+            quantized[node] = match (
+                self.quantized_module(node),
+                self.flow.graph.nodes[node].module,
+            ) {
                 (Some(module), _) => {
                     for (input, seen) in self.flow.graph.nodes[node].inputs.iter().zip(&seen) {
-                        if let Some(&id) = self.slots[module].inputs.get(input.slot).filter(|_| !seen) {
+                        if let Some(&id) =
+                            self.slots[module].inputs.get(input.slot).filter(|_| !seen)
+                        {
                             self.quantizers[id].enabled = true;
                         }
                     }
@@ -495,8 +587,12 @@ impl<'a> Placement<'a> {
                         && (first_is_root || seen.first().copied().unwrap_or(false))
                 }
                 (None, None) => {
-                    let function = self.flow.graph.nodes[node].function.as_deref().unwrap_or_default();
-                    !op_types::function_moves_data(function) || seen.first().copied().unwrap_or(false)
+                    let function = self.flow.graph.nodes[node]
+                        .function
+                        .as_deref()
+                        .unwrap_or_default();
+                    !op_types::function_moves_data(function)
+                        || seen.first().copied().unwrap_or(false)
                 }
             };
         }
@@ -517,12 +613,18 @@ impl<'a> Placement<'a> {
     fn apply_per_channel(&mut self) {
         for module in self.quantized_modules() {
             let declared = &self.flow.graph.modules[module];
-            let Some(&node) = declared.calls.last() else { continue };
+            let Some(&node) = declared.calls.last() else {
+                continue;
+            };
             let rules: Vec<bool> = op_types::onnx_types(&declared.class)
                 .iter()
                 .filter_map(|onnx| self.config.op_rules.get(*onnx)?.per_channel)
                 .collect();
-            let per_channel = if rules.is_empty() { self.config.per_channel } else { rules.contains(&true) };
+            let per_channel = if rules.is_empty() {
+                self.config.per_channel
+            } else {
+                rules.contains(&true)
+            };
             let kernels = |name: &str| self.config.op_rules.get(name)?.supported_kernels.clone();
             self.supported_kernels[module] = op_types::target_type(&declared.class)
                 .and_then(kernels)
@@ -536,7 +638,8 @@ impl<'a> Placement<'a> {
             for (param, &id) in declared.params.iter().zip(&self.slots[module].params) {
                 let axis = usize::from(transposed && param.name == "weight");
                 let mut shape = vec![1; param.shape.len()];
-                if let (Some(size), Some(&channels)) = (shape.get_mut(axis), param.shape.get(axis)) {
+                if let (Some(size), Some(&channels)) = (shape.get_mut(axis), param.shape.get(axis))
+                {
                     *size = channels;
                     self.quantizers[id].shape = shape;
                 }
@@ -558,7 +661,8 @@ impl<'a> Placement<'a> {
                     }
                 }
                 "nn.GroupNorm" if hw.is_some() && !old && param("weight").is_some() => {
-                    (0..declared.params.len()).for_each(|index| self.copy_output_format(module, index));
+                    (0..declared.params.len())
+                        .for_each(|index| self.copy_output_format(module, index));
                 }
                 "nn.LayerNorm" => {
                     if let Some(index) = param("weight") {
@@ -577,7 +681,9 @@ impl<'a> Placement<'a> {
     }
 
     fn copy_output_format(&mut self, module: ModuleId, param: usize) {
-        let Some(&output) = self.slots[module].outputs.first() else { return };
+        let Some(&output) = self.slots[module].outputs.first() else {
+            return;
+        };
         let output = self.quantizers[output].clone();
         let quantizer = &mut self.quantizers[self.slots[module].params[param]];
         quantizer.format.bitwidth = output.format.bitwidth;
@@ -588,7 +694,9 @@ impl<'a> Placement<'a> {
     /// grid is symmetric and the first factor has 16 bits too.
     fn apply_matmul_exception(&mut self, module: ModuleId, node: NodeId, old: bool) {
         let first = self.effective_input_quantizer(module, node, 0);
-        let Some(second) = self.effective_input_quantizer(module, node, 1) else { return };
+        let Some(second) = self.effective_input_quantizer(module, node, 1) else {
+            return;
+        };
         let is_float = |id: QuantizerId| self.quantizers[id].format.dtype == Dtype::Float;
         if first.is_some_and(is_float) && is_float(second) {
             return;
@@ -606,20 +714,33 @@ impl<'a> Placement<'a> {
 
     /// The quantizer that input `slot` of a module has gone through: its own, or that of the nearest
     /// producer with an enabled one.
-    fn effective_input_quantizer(&self, module: ModuleId, node: NodeId, slot: usize) -> Option<QuantizerId> {
+    fn effective_input_quantizer(
+        &self,
+        module: ModuleId,
+        node: NodeId,
+        slot: usize,
+    ) -> Option<QuantizerId> {
         let own = *self.slots[module].inputs.get(slot)?;
         if self.quantizers[own].enabled {
             return Some(own);
         }
-        let index = self.flow.graph.nodes[node].inputs.iter().position(|input| input.slot == slot)?;
-        let Origin::Node(mut producer, _) = self.flow.origins[node][index] else { return None };
+        let index = self.flow.graph.nodes[node]
+            .inputs
+            .iter()
+            .position(|input| input.slot == slot)?;
+        let Origin::Node(mut producer, _) = self.flow.origins[node][index] else {
+            return None;
+        };
         loop {
             let producers: Vec<NodeId> = self.producers(producer).collect();
             match self.quantized_module(producer) {
                 Some(module) => {
                     let slots = &self.slots[module];
                     let near = [slots.outputs.first(), slots.inputs.first()];
-                    let enabled = near.into_iter().flatten().find(|&&id| self.quantizers[id].enabled);
+                    let enabled = near
+                        .into_iter()
+                        .flatten()
+                        .find(|&&id| self.quantizers[id].enabled);
                     if let Some(&id) = enabled {
                         return Some(id);
                     }
@@ -634,15 +755,26 @@ impl<'a> Placement<'a> {
     /// Multiplying or dividing by a positive constant only rescales the grid: no quantizer of its own.
     fn drop_constant_rescales(&mut self) {
         for &node in &self.flow.ops {
-            let Some(module) = self.quantized_module(node) else { continue };
+            let Some(module) = self.quantized_module(node) else {
+                continue;
+            };
             let multiply = match self.flow.class(node) {
                 Some("custom.Multiply") => true,
                 Some("custom.Divide") => false,
                 _ => continue,
             };
-            let [left, right] = &self.flow.graph.nodes[node].inputs[..] else { continue };
-            let (input, factor) = if multiply && right.value.is_none() { (right, left) } else { (left, right) };
-            if !factor.value.is_some_and(|value| value.is_finite() && value > 0.0) {
+            let [left, right] = &self.flow.graph.nodes[node].inputs[..] else {
+                continue;
+            };
+            let (input, factor) = if multiply && right.value.is_none() {
+                (right, left)
+            } else {
+                (left, right)
+            };
+            if !factor
+                .value
+                .is_some_and(|value| value.is_finite() && value > 0.0)
+            {
                 continue;
             }
             let source = self.effective_input_quantizer(module, node, input.slot);
@@ -675,9 +807,16 @@ impl<'a> Placement<'a> {
 
     /// Fits the slots of the recorded calls to those that the quantized twins have.
     fn realize(self) -> Plan {
-        let mut plan = Plan { quantizers: self.quantizers, ..Plan::default() };
-        for (module, (slots, kernels)) in
-            self.flow.graph.modules.iter().zip(self.slots.into_iter().zip(self.supported_kernels))
+        let mut plan = Plan {
+            quantizers: self.quantizers,
+            ..Plan::default()
+        };
+        for (module, (slots, kernels)) in self
+            .flow
+            .graph
+            .modules
+            .iter()
+            .zip(self.slots.into_iter().zip(self.supported_kernels))
         {
             if !module.quantizable {
                 continue;
@@ -687,7 +826,9 @@ impl<'a> Placement<'a> {
                 false => module.num_inputs,
             };
             let params = module.params.iter().zip(&slots.params);
-            let params = params.map(|(p, &id)| (p.name.clone(), plan.enabled(id))).collect();
+            let params = params
+                .map(|(p, &id)| (p.name.clone(), plan.enabled(id)))
+                .collect();
             let inputs = plan.fit(&slots.inputs, num_inputs);
             let outputs = plan.fit(&slots.outputs, module.num_outputs);
             plan.modules.push(ModulePlan {
@@ -737,7 +878,9 @@ impl Plan {
 fn unuse_reused(graph: &Graph, plan: &mut Plan) -> Vec<String> {
     let mut reused = Vec::new();
     for index in 0..plan.modules.len() {
-        let module = graph.module(&plan.modules[index].path).map(|m| &graph.modules[m]);
+        let module = graph
+            .module(&plan.modules[index].path)
+            .map(|m| &graph.modules[m]);
         if !module.is_some_and(|m| m.calls.len() > 1 && m.params.is_empty()) {
             continue;
         }
@@ -748,7 +891,11 @@ fn unuse_reused(graph: &Graph, plan: &mut Plan) -> Vec<String> {
             reused.push(plan.modules[index].path.clone());
         }
         let clear = |slots: &mut Vec<Option<QuantizerId>>, drops: Vec<bool>| {
-            slots.iter_mut().zip(drops).filter(|(_, drop)| *drop).for_each(|(slot, _)| *slot = None);
+            slots
+                .iter_mut()
+                .zip(drops)
+                .filter(|(_, drop)| *drop)
+                .for_each(|(slot, _)| *slot = None);
         };
         clear(&mut plan.modules[index].inputs, inputs);
         clear(&mut plan.modules[index].outputs, outputs);
@@ -759,8 +906,12 @@ fn unuse_reused(graph: &Graph, plan: &mut Plan) -> Vec<String> {
 /// Lets the producers of certain operators' inputs use the operator's output quantizer: all inputs of a Concat
 /// must be on one grid, and what a Relu cuts off needs no room in the grid before it.
 fn tie_grids(flow: &Flow, config: &Config, plan: &mut Plan) {
-    let plan_of: HashMap<String, usize> =
-        plan.modules.iter().enumerate().map(|(i, module)| (module.path.clone(), i)).collect();
+    let plan_of: HashMap<String, usize> = plan
+        .modules
+        .iter()
+        .enumerate()
+        .map(|(i, module)| (module.path.clone(), i))
+        .collect();
     let planned = |node: NodeId| -> Option<usize> {
         let module = flow.graph.nodes[node].module?;
         plan_of.get(&flow.graph.modules[module].path).copied()
@@ -771,8 +922,12 @@ fn tie_grids(flow: &Flow, config: &Config, plan: &mut Plan) {
             || (config.hw_version.is_some() && op_types::module_interpolates(class))
     };
     for &op in flow.ops.iter().rev() {
-        let Some(module) = planned(op).filter(|_| flow.class(op).is_some_and(wants_tie)) else { continue };
-        let [Some(quantizer)] = plan.modules[module].outputs[..] else { continue };
+        let Some(module) = planned(op).filter(|_| flow.class(op).is_some_and(wants_tie)) else {
+            continue;
+        };
+        let [Some(quantizer)] = plan.modules[module].outputs[..] else {
+            continue;
+        };
         let mut seen = HashSet::new();
         let mut todo: Vec<(NodeId, usize)> = (0..flow.origins[op].len()).map(|i| (op, i)).collect();
         while let Some((consumer, index)) = todo.pop() {
@@ -832,11 +987,17 @@ mod tests {
         include_str!("../../python/rimet/common/quantsim_config/default_config_per_channel.json");
 
     fn int(bitwidth: u32) -> Format {
-        Format { dtype: Dtype::Int, bitwidth }
+        Format {
+            dtype: Dtype::Int,
+            bitwidth,
+        }
     }
 
     fn plan(graph: &Graph, config: &str) -> Plan {
-        let defaults = Defaults { activation: int(8), param: int(4) };
+        let defaults = Defaults {
+            activation: int(8),
+            param: int(4),
+        };
         place(graph, &Config::parse(config).unwrap(), defaults).unwrap()
     }
 
@@ -844,9 +1005,18 @@ mod tests {
     fn show(plan: &Plan, path: &str) -> String {
         let module = plan.modules.iter().find(|m| m.path == path).unwrap();
         let mark = |on: bool, c: char| if on { c } else { '-' };
-        let mut text: String = module.inputs.iter().map(|q| mark(q.is_some(), 'i')).collect();
+        let mut text: String = module
+            .inputs
+            .iter()
+            .map(|q| mark(q.is_some(), 'i'))
+            .collect();
         text.extend(module.outputs.iter().map(|q| mark(q.is_some(), 'o')));
-        text.extend(module.params.iter().map(|(n, q)| mark(q.is_some(), n.chars().next().unwrap())));
+        text.extend(
+            module
+                .params
+                .iter()
+                .map(|(n, q)| mark(q.is_some(), n.chars().next().unwrap())),
+        );
         text
     }
 
@@ -861,7 +1031,13 @@ mod tests {
         let f = net.function("add", &[e, c]);
         let g = net.add(module("relu2", "nn.ReLU"), &[f]);
         let h = net.add(module("pool", "nn.MaxPool2d"), &[g]);
-        let i = net.add(Module { params: conv("", 1).params, ..module("fc", "nn.Linear") }, &[h]);
+        let i = net.add(
+            Module {
+                params: conv("", 1).params,
+                ..module("fc", "nn.Linear")
+            },
+            &[h],
+        );
         net.finish(i)
     }
 
@@ -878,7 +1054,10 @@ mod tests {
         assert_eq!(show(&plan, "fc"), "-ow-");
         let conv = plan.modules.iter().find(|m| m.path == "conv2").unwrap();
         let weight = &plan.quantizers[conv.params[0].1.unwrap()];
-        assert_eq!((weight.shape.clone(), weight.symmetric, weight.format), (vec![8, 1, 1, 1], true, int(4)));
+        assert_eq!(
+            (weight.shape.clone(), weight.symmetric, weight.format),
+            (vec![8, 1, 1, 1], true, int(4))
+        );
     }
 
     #[test]
@@ -903,7 +1082,11 @@ mod tests {
         let a = net.add(conv("a", 1), &[x]);
         let b = net.add(conv("b", 8), &[x]);
         let c = net.add(module("relu", "nn.ReLU"), &[b]); // b is depthwise: no supergroup, but tied
-        let cat = Module { num_inputs: 1, dynamic_inputs: true, ..module("cat", "custom.Concat") };
+        let cat = Module {
+            num_inputs: 1,
+            dynamic_inputs: true,
+            ..module("cat", "custom.Concat")
+        };
         let d = net.add(cat, &[a, c, x]);
         let plan = plan(&net.finish(d), DEFAULT);
         let of = |path: &str| plan.modules.iter().find(|m| m.path == path).unwrap();
@@ -940,7 +1123,10 @@ mod tests {
         let config = r#"{"defaults": {"ops": {"is_output_quantized": "True"}, "params": {}}, "params": {},
             "op_type": {"MaxPool": {"is_output_quantized": "False"}, "Sigmoid": {"is_input_quantized": "True"}},
             "supergroups": [], "model_input": {}, "model_output": {}}"#;
-        let defaults = Defaults { activation: int(8), param: int(8) };
+        let defaults = Defaults {
+            activation: int(8),
+            param: int(8),
+        };
         let result = place(&graph, &Config::parse(config).unwrap(), defaults);
         assert!(
             matches!(&result, Err(ConfigError::Conflict { quantizer, .. }) if quantizer == "input 0 of sig"),

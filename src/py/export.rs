@@ -5,14 +5,18 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use crate::export::encodings_v0_6_1::{self as v0_6_1, Channel};
-use crate::export::{self, Encoding, EncodingsError, FloatFormat, Grid, Grouped, ModelEncodings, Side};
+use crate::export::{
+    self, Encoding, EncodingsError, FloatFormat, Grid, Grouped, ModelEncodings, Side,
+};
 
 impl From<EncodingsError> for PyErr {
     fn from(error: EncodingsError) -> Self {
         let text = error.to_string();
         match error {
             EncodingsError::Json(_) | EncodingsError::Format { .. } => PyValueError::new_err(text),
-            EncodingsError::Inexpressible { .. } | EncodingsError::Version(_) => PyRuntimeError::new_err(text),
+            EncodingsError::Inexpressible { .. } | EncodingsError::Version(_) => {
+                PyRuntimeError::new_err(text)
+            }
         }
     }
 }
@@ -20,19 +24,30 @@ impl From<EncodingsError> for PyErr {
 fn get<'py, T: FromPyObject<'py>>(dict: &Bound<'py, PyDict>, key: &str) -> PyResult<T> {
     match dict.get_item(key)? {
         Some(value) => value.extract(),
-        None => Err(PyValueError::new_err(format!("encoding: expected the key {key}, got none"))),
+        None => Err(PyValueError::new_err(format!(
+            "encoding: expected the key {key}, got none"
+        ))),
     }
 }
 
-fn get_optional<'py, T: FromPyObject<'py>>(dict: &Bound<'py, PyDict>, key: &str) -> PyResult<Option<T>> {
-    dict.get_item(key)?.filter(|value| !value.is_none()).map(|value| value.extract()).transpose()
+fn get_optional<'py, T: FromPyObject<'py>>(
+    dict: &Bound<'py, PyDict>,
+    key: &str,
+) -> PyResult<Option<T>> {
+    dict.get_item(key)?
+        .filter(|value| !value.is_none())
+        .map(|value| value.extract())
+        .transpose()
 }
 
 fn encoding(dict: &Bound<'_, PyDict>) -> PyResult<Encoding> {
     let grid = match get_optional::<(u32, u32, bool, bool)>(dict, "float_format")? {
-        Some((exponent_bits, mantissa_bits, finite, unsigned_zero)) => {
-            Grid::Float(FloatFormat { exponent_bits, mantissa_bits, finite, unsigned_zero })
-        }
+        Some((exponent_bits, mantissa_bits, finite, unsigned_zero)) => Grid::Float(FloatFormat {
+            exponent_bits,
+            mantissa_bits,
+            finite,
+            unsigned_zero,
+        }),
         None => Grid::Affine {
             qmin: get(dict, "qmin")?,
             qmax: get(dict, "qmax")?,
@@ -41,9 +56,11 @@ fn encoding(dict: &Bound<'_, PyDict>) -> PyResult<Encoding> {
         },
     };
     let grouped = match get_optional::<(u32, Vec<i64>, Vec<f64>)>(dict, "grouped")? {
-        Some((compressed_bitwidth, per_block_int_scale, per_channel_scale)) => {
-            Some(Grouped { compressed_bitwidth, per_block_int_scale, per_channel_scale })
-        }
+        Some((compressed_bitwidth, per_block_int_scale, per_channel_scale)) => Some(Grouped {
+            compressed_bitwidth,
+            per_block_int_scale,
+            per_channel_scale,
+        }),
         None => None,
     };
     Ok(Encoding {
@@ -65,7 +82,9 @@ fn model(
     let mut model = ModelEncodings::default();
     for (module, is_input, index, dict) in activations {
         let side = if is_input { Side::Input } else { Side::Output };
-        model.activations.push((module, side, index, encoding(&dict)?));
+        model
+            .activations
+            .push((module, side, index, encoding(&dict)?));
     }
     for (name, dict) in params {
         model.params.push((name, encoding(&dict)?));
@@ -110,7 +129,14 @@ fn channels<'py>(py: Python<'py>, channels: &[Channel]) -> PyResult<Bound<'py, P
     for channel in channels {
         let dict = PyDict::new(py);
         match *channel {
-            Channel::Int { bitwidth, symmetric, min, max, scale, offset } => {
+            Channel::Int {
+                bitwidth,
+                symmetric,
+                min,
+                max,
+                scale,
+                offset,
+            } => {
                 dict.set_item("bitwidth", bitwidth)?;
                 dict.set_item("dtype", "int")?;
                 dict.set_item("is_symmetric", if symmetric { "True" } else { "False" })?;
@@ -141,7 +167,12 @@ fn read_encodings<'py>(
     let file = v0_6_1::read_module_file(text)?;
     let mut activations = Vec::new();
     for (module, side, index, list) in &file.activations {
-        activations.push((module.clone(), *side == Side::Input, *index, channels(py, list)?));
+        activations.push((
+            module.clone(),
+            *side == Side::Input,
+            *index,
+            channels(py, list)?,
+        ));
     }
     let mut params = Vec::new();
     for (name, list) in &file.params {

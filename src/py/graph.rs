@@ -33,7 +33,13 @@ type PyInput = (usize, Option<usize>, Option<f64>);
 type PyOutput = (Vec<i64>, String);
 
 fn inputs(raw: Vec<PyInput>) -> Vec<Input> {
-    raw.into_iter().map(|(slot, tensor, value)| Input { slot, tensor, value }).collect()
+    raw.into_iter()
+        .map(|(slot, tensor, value)| Input {
+            slot,
+            tensor,
+            value,
+        })
+        .collect()
 }
 
 /// Takes the events of one run of a model.
@@ -46,7 +52,9 @@ pub struct GraphBuilder {
 impl GraphBuilder {
     #[new]
     fn new() -> Self {
-        GraphBuilder { builder: graph::GraphBuilder::new() }
+        GraphBuilder {
+            builder: graph::GraphBuilder::new(),
+        }
     }
 
     #[pyo3(signature = (path, class_key, params, groups, num_inputs, num_outputs, dynamic_inputs, quantizable))]
@@ -62,7 +70,10 @@ impl GraphBuilder {
         dynamic_inputs: bool,
         quantizable: bool,
     ) -> PyResult<()> {
-        let params = params.into_iter().map(|(name, shape)| Parameter { name, shape }).collect();
+        let params = params
+            .into_iter()
+            .map(|(name, shape)| Parameter { name, shape })
+            .collect();
         self.builder.module(Module {
             path,
             class: class_key,
@@ -106,7 +117,10 @@ impl GraphBuilder {
         results: Vec<PyOutput>,
         in_place: bool,
     ) -> PyResult<Vec<usize>> {
-        Ok(self.builder.call_function(name, scope, inputs(args), results, in_place)?.1)
+        Ok(self
+            .builder
+            .call_function(name, scope, inputs(args), results, in_place)?
+            .1)
     }
 
     fn output(&mut self, tensor: usize, position: usize) -> PyResult<()> {
@@ -115,7 +129,9 @@ impl GraphBuilder {
 
     /// The graph so far; the builder starts anew.
     fn finish(&mut self) -> Graph {
-        Graph { graph: std::mem::take(&mut self.builder).finish() }
+        Graph {
+            graph: std::mem::take(&mut self.builder).finish(),
+        }
     }
 }
 
@@ -172,12 +188,19 @@ impl Graph {
         let list = PyList::empty(py);
         for (id, node) in self.graph.nodes.iter().enumerate() {
             let dict = PyDict::new(py);
-            dict.set_item("module", node.module.map(|m| self.graph.modules[m].path.as_str()))?;
+            dict.set_item(
+                "module",
+                node.module.map(|m| self.graph.modules[m].path.as_str()),
+            )?;
             dict.set_item("function", &node.function)?;
             dict.set_item("scope", &node.scope)?;
             dict.set_item("op_type", &node.op_type)?;
             dict.set_item("call", node.call)?;
-            let inputs: Vec<_> = node.inputs.iter().map(|i| (i.slot, i.tensor, i.value)).collect();
+            let inputs: Vec<_> = node
+                .inputs
+                .iter()
+                .map(|i| (i.slot, i.tensor, i.value))
+                .collect();
             dict.set_item("inputs", inputs)?;
             dict.set_item("outputs", &node.outputs)?;
             dict.set_item("in_place", node.in_place)?;
@@ -203,7 +226,10 @@ impl Graph {
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (String,))> {
-        Ok((py.get_type::<Graph>().getattr("from_json")?, (self.to_json()?,)))
+        Ok((
+            py.get_type::<Graph>().getattr("from_json")?,
+            (self.to_json()?,),
+        ))
     }
 
     /// Chains of operator types, longest pattern first, no node in two chains; see `Flow::chains`.
@@ -225,8 +251,14 @@ impl Graph {
     ) -> PyResult<Bound<'py, PyDict>> {
         let dtype = if is_float { Dtype::Float } else { Dtype::Int };
         let defaults = Defaults {
-            activation: Format { dtype, bitwidth: activation_bitwidth },
-            param: Format { dtype, bitwidth: param_bitwidth },
+            activation: Format {
+                dtype,
+                bitwidth: activation_bitwidth,
+            },
+            param: Format {
+                dtype,
+                bitwidth: param_bitwidth,
+            },
         };
         let plan = py.allow_threads(|| placement::place(&self.graph, &config.config, defaults))?;
         plan_dict(py, &plan)
@@ -234,14 +266,21 @@ impl Graph {
 }
 
 fn format_tuple(format: Format) -> (&'static str, u32) {
-    let dtype = if format.dtype == Dtype::Float { "float" } else { "int" };
+    let dtype = if format.dtype == Dtype::Float {
+        "float"
+    } else {
+        "int"
+    };
     (dtype, format.bitwidth)
 }
 
 type PyKernel = ((&'static str, u32), Option<(&'static str, u32)>);
 
 fn kernel_list(kernels: &[Kernel]) -> Vec<PyKernel> {
-    kernels.iter().map(|k| (format_tuple(k.activation), k.param.map(format_tuple))).collect()
+    kernels
+        .iter()
+        .map(|k| (format_tuple(k.activation), k.param.map(format_tuple)))
+        .collect()
 }
 
 fn plan_dict<'py>(py: Python<'py>, plan: &Plan) -> PyResult<Bound<'py, PyDict>> {
@@ -283,7 +322,9 @@ pub struct QuantSimConfig {
 impl QuantSimConfig {
     #[new]
     fn new(text: &str) -> PyResult<Self> {
-        Ok(QuantSimConfig { config: Config::parse(text)? })
+        Ok(QuantSimConfig {
+            config: Config::parse(text)?,
+        })
     }
 
     #[getter]
@@ -300,7 +341,12 @@ impl QuantSimConfig {
     /// Whether the parameters of some operator are quantized per channel.
     #[getter]
     fn any_per_channel(&self) -> bool {
-        self.config.per_channel || self.config.op_rules.values().any(|r| r.per_channel == Some(true))
+        self.config.per_channel
+            || self
+                .config
+                .op_rules
+                .values()
+                .any(|r| r.per_channel == Some(true))
     }
 
     /// Operator type (and "defaults") to its kernels, as ((dtype, bits), (dtype, bits) or None).
@@ -322,7 +368,9 @@ impl QuantSimConfig {
 /// Class key to ONNX types, for every module class that has some.
 #[pyfunction]
 fn onnx_type_table() -> Vec<(&'static str, Vec<&'static str>)> {
-    op_types::onnx_type_table().map(|(class, types)| (class, types.to_vec())).collect()
+    op_types::onnx_type_table()
+        .map(|(class, types)| (class, types.to_vec()))
+        .collect()
 }
 
 /// Operator type of a module class by its key.

@@ -1,4 +1,6 @@
-"""Example inputs of any structure: how they bind to a model's forward, and which tensors are in them."""
+"""Example inputs of any structure: how they bind to a model's forward, and which tensors are in
+them.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,17 @@ def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 def bind_inputs(model: torch.nn.Module, dummy_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Turns an example input into ``(args, kwargs)`` of ``model.forward``.
 
-    A tuple or list holds the positional arguments, a dict whose keys are parameters of ``forward`` the keyword
-    arguments; a dict at the end of a tuple is taken for keyword arguments by the same test. Anything else is
-    the one positional argument.
+    A tuple or list holds the positional arguments, a dict whose keys are parameters of ``forward``
+    the keyword arguments; a dict at the end of a tuple is taken for keyword arguments by the same
+    test. Anything else is the one positional argument.
 
     Raises:
         RuntimeError: there is no tensor in ``dummy_input``.
     """
     if next(tensors_in(dummy_input), None) is None:
         raise RuntimeError(
-            f"dummy_input of {type(model).__name__}: expected a tensor or a tuple, list or dict that holds "
+            f"dummy_input of {type(model).__name__}: expected a tensor or a tuple, list or dict "
+            "that holds "
             f"tensors, got {type(dummy_input).__name__} without any tensor"
         )
     if isinstance(dummy_input, Mapping) and _are_keywords(model, dummy_input):

@@ -1,9 +1,10 @@
 """Records the graph of a model by running it once.
 
-Module calls are seen by forward hooks, functional operations by a ``TorchFunctionMode``; both become events of
-``rimet._core.GraphBuilder``. There is no tracing: the model computes on real tensors, so reused modules, control
-flow (the path that is executed), views, in-place operations and nested inputs and outputs need no special
-treatment by its author. The cost grows linearly with the number of operations.
+Module calls are seen by forward hooks, functional operations by a ``TorchFunctionMode``; both
+become events of ``rimet._core.GraphBuilder``. There is no tracing: the model computes on real
+tensors, so reused modules, control flow (the path that is executed), views, in-place operations and
+nested inputs and outputs need no special treatment by its author. The cost grows linearly with the
+number of operations.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def class_key(cls: type) -> str:
 
 @lru_cache(maxsize=1)
 def _dispatched_names() -> dict[Any, str]:
-    """Functions of ``torch.nn.functional`` whose ``__name__`` is not the name they are called by."""
+    """Functions of ``torch.nn.functional`` whose ``__name__`` is not the name they are called
+    by.
+    """
     functional = vars(torch.nn.functional).items()
     return {
         value: name
@@ -168,7 +171,9 @@ class _Recorder:
     def results(
         self, outcome: Any, written: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[tuple[list[int], str]]]:
-        """The tensors that have a new value: what came out, what was written to, and what shares its memory."""
+        """The tensors that have a new value: what came out, what was written to, and what shares
+        its memory.
+        """
         tensors: dict[int, torch.Tensor] = {}
         for tensor in tensors_in(outcome):
             tensors.setdefault(id(tensor), tensor)
@@ -198,7 +203,9 @@ class _Recorder:
         before = [] if outer else [(t, _version(t)) for t in tensors_in((args, dict(kwargs)))]
         self.inside_leaf.append((path, before))
 
-    def leave_leaf(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcome: Any) -> None:
+    def leave_leaf(
+        self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcome: Any
+    ) -> None:
         _, before = self.inside_leaf.pop()
         if self.inside_leaf:
             return
@@ -253,7 +260,9 @@ def _is_leaf(module: torch.nn.Module, twin: Twin | None) -> bool:
     if twin is not None or isinstance(module, torch.jit.ScriptModule):
         return True
     containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
-    in_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    in_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(
+        module, containers
+    )
     return in_torch and not any(True for _ in module.children())
 
 
@@ -278,14 +287,16 @@ def record(
     twin_of: Callable[[str, torch.nn.Module], Twin | None] = lambda path, module: None,
     class_of: Callable[[torch.nn.Module], type] = type,
 ) -> Recording:
-    """Runs ``model(*args, **kwargs)`` once, in evaluation mode and without gradients, and records its graph.
+    """Runs ``model(*args, **kwargs)`` once, in evaluation mode and without gradients, and records
+    its graph.
 
     Args:
         model: any module; it is left as it was, hooks and modes included.
         args: positional arguments.
         kwargs: keyword arguments.
-        twin_of: tells, for a path and its module, the shape of the quantized twin, or None if the module
-            has none. A module with a twin is one node; so is a module of ``torch.nn`` without parts.
+        twin_of: tells, for a path and its module, the shape of the quantized twin, or None if the
+            module has none. A module with a twin is one node; so is a module of ``torch.nn``
+            without parts.
         class_of: the class that a module counts as.
 
     Returns:

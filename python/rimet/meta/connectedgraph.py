@@ -35,9 +35,9 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
 class ConnectedGraph(_ConnectedGraph):
     """Operations (module calls and torch functions) and the products between them.
 
-    The model runs once on ``model_input``; nothing is traced. Where an output goes to several consumers, an operation of
-    type ``CG_Split`` stands between. Functions that only hand their input on (``to``, ``detach``, ``t``) and
-    ``nn.Identity`` are left out.
+    The model runs once on ``model_input``; nothing is traced. Where an output goes to several
+    consumers, an operation of type ``CG_Split`` stands between. Functions that only hand their
+    input on (``to``, ``detach``, ``t``) and ``nn.Identity`` are left out.
 
     Args:
         model: any module.
@@ -64,7 +64,9 @@ class ConnectedGraph(_ConnectedGraph):
 
     @classmethod
     def _from_recording(cls, recording: Recording, model: nn.Module) -> ConnectedGraph:
-        """The view of a recording that was made earlier, on ``model`` or on what ``model`` was made of."""
+        """The view of a recording that was made earlier, on ``model`` or on what ``model`` was
+        made of.
+        """
         graph = cls.__new__(cls)
         _ConnectedGraph.__init__(graph)
         graph._build(recording, model)
@@ -83,12 +85,16 @@ class ConnectedGraph(_ConnectedGraph):
         """Does nothing: the record is what ran."""
 
     def get_op_from_module_name(self, name: str) -> Op | None:
-        """The operation of a module, by its path with or without the model's class name in front."""
+        """The operation of a module, by its path with or without the model's class name in
+        front.
+        """
         return self._by_module.get(name) or self._by_module.get(f"{self._model_name}.{name}")
 
     @property
     def input_structure(self) -> list[Any]:
-        """Per input tensor: where it goes, as ``op`` and input ``index``; a list where it goes to several."""
+        """Per input tensor: where it goes, as ``op`` and input ``index``; a list where it goes to
+        several.
+        """
         return self._collapse(self._input_places)
 
     @property
@@ -149,13 +155,18 @@ class ConnectedGraph(_ConnectedGraph):
                 product.add_consumer(op)
                 op.inputs.append(product)
                 self._products[product.name] = product
-        splits = {number: self._connect(ops[number], going, index) for index, (number, going) in enumerate(
-            sorted((number, going) for number, going in edges.items() if len(going) > 1)
-        )}
+        splits = {
+            number: self._connect(ops[number], going, index)
+            for index, (number, going) in enumerate(
+                sorted((number, going) for number, going in edges.items() if len(going) > 1)
+            )
+        }
         for number, going in edges.items():
             if len(going) == 1:
                 consumer, index = going[0]
-                self._join(f"{ops[number].name}_to_{consumer.name}", ops[number], [(consumer, index)])
+                self._join(
+                    f"{ops[number].name}_to_{consumer.name}", ops[number], [(consumer, index)]
+                )
         self.ordered_ops: list[Op] = []
         for number, op in ops.items():
             self.ordered_ops.append(op)
@@ -192,13 +203,19 @@ class ConnectedGraph(_ConnectedGraph):
             ("num_in_channels", ("in_channels", "in_features", "num_features")),
             ("num_out_channels", ("out_channels", "out_features", "num_features")),
         ):
-            setattr(op, ours, next((getattr(module, t) for t in theirs if hasattr(module, t)), None))
+            setattr(
+                op, ours, next((getattr(module, t) for t in theirs if hasattr(module, t)), None)
+            )
         self._by_module[op.dotted_name] = op
         self._module_to_op_dict[module] = op
         return op
 
-    def _given(self, op: Op, made: dict[str, Any] | None, value: float | None, count: int) -> Product:
-        """A product that no operation made: a model input, a parameter used by a function, a constant, a number."""
+    def _given(
+        self, op: Op, made: dict[str, Any] | None, value: float | None, count: int
+    ) -> Product:
+        """A product that no operation made: a model input, a parameter used by a function, a
+        constant, a number.
+        """
         if made is not None and made["kind"] == "input":
             product = Product(f"input_{made['position']}_to_{op.name}", made["shape"])
             product.is_model_input = True
@@ -206,7 +223,9 @@ class ConnectedGraph(_ConnectedGraph):
             product = Product(self._dotted(made["name"]), made["shape"])
             product.is_parm, product.parm_name = True, made["name"].rpartition(".")[2]
         else:
-            product = Product(f"constant_{count}_to_{op.name}", [] if made is None else made["shape"])
+            product = Product(
+                f"constant_{count}_to_{op.name}", [] if made is None else made["shape"]
+            )
             product.is_const = True
             product.constant_value = value
         return product

@@ -53,7 +53,9 @@ def create_connected_graph_with_input_shapes(
     return ConnectedGraph(model, inputs)
 
 
-def get_module_act_func_pair(model: nn.Module, model_input: Any) -> dict[nn.Module, nn.Module | None]:
+def get_module_act_func_pair(
+    model: nn.Module, model_input: Any
+) -> dict[nn.Module, nn.Module | None]:
     """Per module that runs: the activation module that alone uses its output, or None."""
     pairs: dict[nn.Module, nn.Module | None] = {}
     for op in ConnectedGraph(model, model_input).ordered_ops:
@@ -67,7 +69,9 @@ def get_module_act_func_pair(model: nn.Module, model_input: Any) -> dict[nn.Modu
 
 
 def get_ops_with_missing_modules(model: nn.Module, model_input: Any) -> list[Op]:
-    """The functions of a model that compute, so that a quantizer behind them would need a module."""
+    """The functions of a model that compute, so that a quantizer behind them would need a
+    module.
+    """
     return [
         op
         for op in ConnectedGraph(model, model_input).ordered_ops

@@ -15,7 +15,9 @@ __all__ = ["Product"]
 
 
 class Product(_Product):
-    """A tensor of a torch model's graph; ``constant_value`` is the number it stands for, if it is one."""
+    """A tensor of a torch model's graph; ``constant_value`` is the number it stands for, if it is
+    one.
+    """
 
     def __init__(self, name: str, shape: Sequence[int] | None) -> None:
         super().__init__(name, shape)
@@ -24,8 +26,9 @@ class Product(_Product):
     def is_quantized(self) -> bool:
         """Whether a quantizer has seen it, so that its consumer needs none of its own.
 
-        Parameters have their own quantizers. Model inputs and constants have not been quantized; what only moved them has
-        not either. Everything that a quantized module or a computing function made has been.
+        Parameters have their own quantizers. Model inputs and constants have not been quantized;
+        what only moved them has not either. Everything that a quantized module or a computing
+        function made has been.
         """
         if self.is_parm:
             return True

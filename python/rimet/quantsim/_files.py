@@ -18,7 +18,9 @@ from rimet.quantization.base import EncodingBase, QuantizerBase
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path beside ``path`` to write to; on success it becomes ``path``, on failure it goes away."""
+    """Yields a path beside ``path`` to write to; on success it becomes ``path``, on failure it
+    goes away.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
@@ -57,13 +59,14 @@ def encoding_dict(encoding: EncodingBase) -> dict[str, Any]:
             "block_size": None if encoding.block_size is None else list(encoding.block_size),
         }
         grouping = getattr(encoding, "block_grouping", None)
-        if grouping is not None:
+        if grouping is not None and any(size != 1 for size in grouping):
+            grouped: Any = encoding
             plain["grouped"] = (
-                int(encoding.bitwidth),
-                encoding.per_block_int_scale.flatten().long().tolist(),
-                encoding.per_channel_scale.detach().flatten().double().tolist(),
+                int(grouped.bitwidth),
+                grouped.per_block_int_scale.flatten().long().tolist(),
+                grouped.per_channel_scale.detach().flatten().double().tolist(),
             )
-            width = int(encoding.decompressed_bw)
+            width = int(grouped.decompressed_bw)
             plain["qmin"], plain["qmax"] = -(2 ** (width - 1)), 2 ** (width - 1) - 1
         return plain
     floating: Any = encoding
@@ -92,8 +95,8 @@ def _encoding_of(quantizer: QuantizerBase | None) -> dict[str, Any] | None:
 def collect(
     model: nn.Module,
 ) -> tuple[list[tuple[str, bool, int, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
-    """Encodings of all calibrated quantizers of a model: ``[(module, is_input, index, encoding)]`` and
-    ``[(parameter, encoding)]``. Folded parameters carry theirs with them."""
+    """Encodings of all calibrated quantizers of a model: ``[(module, is_input, index, encoding)]``
+    and ``[(parameter, encoding)]``. Folded parameters carry theirs with them."""
     activations: list[tuple[str, bool, int, dict[str, Any]]] = []
     params: list[tuple[str, dict[str, Any]]] = []
     for path, module in model.named_modules():

@@ -1,4 +1,6 @@
-"""From a placement plan to quantized modules: twins, quantizers, and putting them into the model."""
+"""From a placement plan to quantized modules: twins, quantizers, and putting them into the
+model.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def analyzer_for(scheme: QuantScheme, shape: tuple[int, ...]) -> EncodingAnalyze
     """The encoding analyzer that a quantization scheme stands for.
 
     Raises:
-        NotImplementedError: the scheme has no way to find a first range (``training_range_learning``).
+        NotImplementedError: the scheme has no way to find a first range
+            (``training_range_learning``).
         RuntimeError: the scheme's analyzer is not part of this build.
     """
     if scheme not in _ANALYZERS:
@@ -45,13 +48,16 @@ def analyzer_for(scheme: QuantScheme, shape: tuple[int, ...]) -> EncodingAnalyze
     name, options = _ANALYZERS[scheme]
     make = getattr(encoding_analyzer, name, None)
     if make is None:
-        raise RuntimeError(f"quant_scheme: {scheme.name} needs {name}, which this build does not have")
+        raise RuntimeError(
+            f"quant_scheme: {scheme.name} needs {name}, which this build does not have"
+        )
     analyzer: EncodingAnalyzer[Any] = make(shape, **options)
     return analyzer
 
 
 def make_twins(model: nn.Module) -> dict[str, nn.Module]:
-    """Makes the quantized twin of every module that has one, by the path at which the module is met first.
+    """Makes the quantized twin of every module that has one, by the path at which the module is met
+    first.
 
     The model is left as it is; twins share the parameters of their modules.
 
@@ -177,9 +183,7 @@ def apply_plan(
 
     for entry in plan["modules"]:
         twin: Any = twins[entry["path"]]
-        own = next(
-            (*twin.parameters(recurse=False), *twin.buffers(recurse=False)).__iter__(), None
-        )
+        own = next((*twin.parameters(recurse=False), *twin.buffers(recurse=False)).__iter__(), None)
         device = default if own is None else own.device
         twin.input_quantizers = nn.ModuleList(quantizer(n, device) for n in entry["inputs"])  # type: ignore[misc]
         twin.output_quantizers = nn.ModuleList(quantizer(n, device) for n in entry["outputs"])  # type: ignore[misc]
@@ -189,7 +193,9 @@ def apply_plan(
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
-    """Puts ``replacements[id(module)]`` in the place of ``module`` wherever it stands; returns the model."""
+    """Puts ``replacements[id(module)]`` in the place of ``module`` wherever it stands; returns the
+    model.
+    """
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):
@@ -202,8 +208,8 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
 def forbid_fast_paths(model: nn.Module) -> None:
     """Keeps torch's fused encoder layer from computing around the quantized modules inside of it.
 
-    ``nn.TransformerEncoderLayer`` hands its parts' weights to one fused kernel in evaluation mode without gradients,
-    unless its activation is none that the kernel knows.
+    ``nn.TransformerEncoderLayer`` hands its parts' weights to one fused kernel in evaluation mode
+    without gradients, unless its activation is none that the kernel knows.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

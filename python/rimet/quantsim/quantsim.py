@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -122,14 +122,17 @@ def _check_unquantized(model: nn.Module) -> None:
     for what, paths in (("quantized modules", quantized), ("quantizers", quantizers)):
         if paths:
             shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
-            raise RuntimeError(f"model: expected a model without quantizers, but it holds {what}: {shown}")
+            raise RuntimeError(
+                f"model: expected a model without quantizers, but it holds {what}: {shown}"
+            )
 
 
 class QuantizationSimModel:
     """A model that computes as its quantized counterpart would.
 
-    The model is run once on ``dummy_input`` to record its graph; the configuration then says where quantizers
-    belong; each supported module becomes its quantized twin (:mod:`rimet.nn`). The result, :attr:`model`, is an
+    The model is run once on ``dummy_input`` to record its graph; the configuration then says where
+    quantizers belong; each supported module becomes its quantized twin (:mod:`rimet.nn`). The
+    result, :attr:`model`, is an
     ordinary module: it trains, copies, moves, saves and exports like any other.
 
     Typical use::
@@ -141,14 +144,16 @@ class QuantizationSimModel:
 
     Args:
         model: any module that runs; left as it is unless ``in_place``.
-        dummy_input: example input on the model's device: a tensor, a tuple or list of positional arguments, or a
-            dict of keyword arguments; nested as the model wants them.
+        dummy_input: example input on the model's device: a tensor, a tuple or list of positional
+            arguments, or a dict of keyword arguments; nested as the model wants them.
         quant_scheme: how ranges are found: a :class:`QuantScheme` or ``"tf"``, ``"tf_enhanced"``,
             ``"percentile"``. None stands for minimum and maximum.
         default_output_bw: bits of activations, 4 to 32.
-        default_param_bw: bits of parameters, 2 to 32. Biases are not quantized by the default configuration.
+        default_param_bw: bits of parameters, 2 to 32. Biases are not quantized by the default
+            configuration.
         in_place: turn ``model`` itself into the simulation instead of a copy.
-        config_file: path of a quantsim configuration, or an alias (``"default"``, ``"htp_v73"``, ...).
+        config_file: path of a quantsim configuration, or an alias (``"default"``, ``"htp_v73"``,
+            ...).
         default_data_type: integer or floating-point grids; floating point needs 16 or 32 bits.
 
     Attributes:
@@ -158,9 +163,11 @@ class QuantizationSimModel:
     Raises:
         ValueError: a scheme, bit-width, data type or configuration that does not exist.
         FileNotFoundError: ``config_file`` is neither a file nor an alias.
-        NotImplementedError: ``training_range_learning`` alone, or a configuration that asks for what has no meaning.
+        NotImplementedError: ``training_range_learning`` alone, or a configuration that asks for
+            what has no meaning.
         UnknownModuleError: modules without a quantized twin; all are named, with the remedy.
-        RuntimeError: no tensors in ``dummy_input``; the model holds quantizers already, or fails on ``dummy_input``.
+        RuntimeError: no tensors in ``dummy_input``; the model holds quantizers already, or fails on
+            ``dummy_input``.
 
     ``model`` is unchanged after an error.
     """
@@ -183,7 +190,8 @@ class QuantizationSimModel:
         scheme = _checked_scheme(quant_scheme)
         if default_data_type not in (QuantizationDataType.int, QuantizationDataType.float):
             raise ValueError(
-                "default_data_type: expected QuantizationDataType.int or QuantizationDataType.float, "
+                "default_data_type: expected QuantizationDataType.int or "
+                "QuantizationDataType.float, "
                 f"got {default_data_type!r}"
             )
         is_float = default_data_type == QuantizationDataType.float
@@ -207,7 +215,8 @@ class QuantizationSimModel:
         _placing.forbid_fast_paths(self.model)
         for reused in plan["reused"]:
             logger.warning(
-                "%s runs more than once and holds no parameters: it gets no quantizers, since one range "
+                "%s runs more than once and holds no parameters: it gets no quantizers, since one "
+                "range "
                 "would serve different tensors",
                 reused,
             )
@@ -241,7 +250,8 @@ class QuantizationSimModel:
             return record(model, args, kwargs, twin_of=lambda path, module: described.get(path))
         except Exception as error:
             raise RuntimeError(
-                f"{type(model).__name__} failed on dummy_input, so its graph could not be recorded: "
+                f"{type(model).__name__} failed on dummy_input, so its graph could not be "
+                "recorded: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
@@ -303,7 +313,9 @@ class QuantizationSimModel:
         return {key: value for key, value in state.items() if prefixes and key.startswith(prefixes)}
 
     def get_supported_kernels(self) -> dict[str, list[Any]]:
-        """Operator type (and ``"defaults"``) to the number formats that the target has kernels for."""
+        """Operator type (and ``"defaults"``) to the number formats that the target has kernels
+        for.
+        """
         return dict(self._supported_kernels)
 
     def set_percentile_value(self, percentile_value: float) -> None:
@@ -330,7 +342,8 @@ class QuantizationSimModel:
                 module.param_quantizers[param_name_to_exclude] = None  # type: ignore[assignment]
 
     def exclude_layers_from_quantization(self, layers_to_exclude: Sequence[nn.Module]) -> None:
-        """Turns modules of :attr:`model`, and all modules inside of them, back into unquantized ones.
+        """Turns modules of :attr:`model`, and all modules inside of them, back into unquantized
+        ones.
 
         Args:
             layers_to_exclude: modules of :attr:`model`.
@@ -343,7 +356,8 @@ class QuantizationSimModel:
         if missing:
             kinds = [type(m).__name__ for m in layers_to_exclude if id(m) in missing]
             raise ValueError(
-                f"layers_to_exclude: expected modules of the simulation, got {', '.join(kinds)} from elsewhere"
+                f"layers_to_exclude: expected modules of the simulation, got {', '.join(kinds)} "
+                "from elsewhere"
             )
         parts = {id(part) for module in layers_to_exclude for part in module.modules()}
         replacements = {}
@@ -362,12 +376,13 @@ class QuantizationSimModel:
     ) -> None:
         """Calibrates: sets the range of every quantizer from what it sees.
 
-        Parameters are calibrated from their own data first. Then the callback runs the model on representative
-        inputs while the quantizers of activations observe without quantizing. Evaluation mode and ``no_grad`` are
-        on meanwhile; each module gets its own mode back.
+        Parameters are calibrated from their own data first. Then the callback runs the model on
+        representative inputs while the quantizers of activations observe without quantizing.
+        Evaluation mode and ``no_grad`` are on meanwhile; each module gets its own mode back.
 
         Args:
-            forward_pass_callback: called as ``callback(model)``, or ``callback(model, args)`` if args are given.
+            forward_pass_callback: called as ``callback(model)``, or ``callback(model, args)`` if
+                args are given.
             forward_pass_callback_args: second argument of the callback.
 
         Raises:
@@ -379,9 +394,7 @@ class QuantizationSimModel:
                 "forward_pass_callback: expected a function of the model, got "
                 f"{type(forward_pass_callback).__name__}"
             )
-        args = (
-            () if forward_pass_callback_args is _NOT_SPECIFIED else (forward_pass_callback_args,)
-        )
+        args = () if forward_pass_callback_args is _NOT_SPECIFIED else (forward_pass_callback_args,)
         with self._calibrating():
             forward_pass_callback(self.model, *args)
 
@@ -406,7 +419,8 @@ class QuantizationSimModel:
                 handle.remove()
         if handles and not seen[0]:
             raise RuntimeError(
-                "compute_encodings: the callback did not run the model, so no quantizer of an activation saw data"
+                "compute_encodings: the callback did not run the model, so no quantizer of an "
+                "activation saw data"
             )
 
     # Encodings files
@@ -417,9 +431,11 @@ class QuantizationSimModel:
         return sections["activation_encodings"], sections["param_encodings"]
 
     def save_encodings_to_json(self, path: str, filename_prefix: str) -> None:
-        """Writes ``{path}/{filename_prefix}.json`` with ``activation_encodings`` and ``param_encodings``.
+        """Writes ``{path}/{filename_prefix}.json`` with ``activation_encodings`` and
+        ``param_encodings``.
 
-        The file names modules and is what :meth:`load_encodings` reads. It is written whole or not at all.
+        The file names modules and is what :meth:`load_encodings` reads. It is written whole or not
+        at all.
         """
         text = _core.encodings_sections(*_files.collect(self.model))
         _files.write_text(Path(path) / f"{filename_prefix}.json", text)
@@ -435,15 +451,17 @@ class QuantizationSimModel:
         """Sets ranges from an encodings file by module names, or from its content.
 
         Args:
-            encodings: path, or the content as a dict: ``activation_encodings``, ``param_encodings``.
-            strict: an entry for a module, parameter or quantizer that is not there is an error; otherwise it is
-                left out.
+            encodings: path, or the content as a dict: ``activation_encodings``,
+                ``param_encodings``.
+            strict: an entry for a module, parameter or quantizer that is not there is an error;
+                otherwise it is left out.
             partial: quantizers without an entry keep their state; otherwise they are removed.
             requires_grad: whether the ranges train; None leaves that as it is.
             allow_overwrite: whether :meth:`compute_encodings` may change the ranges later.
 
         Raises:
-            RuntimeError: ``strict`` and nothing to load, or entries without a place; all of them are named.
+            RuntimeError: ``strict`` and nothing to load, or entries without a place; all of them
+                are named.
             ValueError: content that is not an encodings file; the message has the JSON path.
 
         Nothing is changed if an error is raised.
@@ -467,7 +485,9 @@ class QuantizationSimModel:
         if only_params:
             activations = []
         if strict and not activations and not params:
-            raise RuntimeError("encodings: expected activation_encodings or param_encodings, got none")
+            raise RuntimeError(
+                "encodings: expected activation_encodings or param_encodings, got none"
+            )
         modules = dict(self.named_qmodules())
         all_modules = dict(self.model.named_modules(remove_duplicate=False))
         found: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -501,7 +521,8 @@ class QuantizationSimModel:
                 count *= size
             if entry and entry[0]["dtype"] == "int" and len(entry) != count:
                 problems.append(
-                    f"{what}: expected {count} encodings for a quantizer of shape {tuple(shape or ())}, "
+                    f"{what}: expected {count} encodings for a quantizer of shape "
+                    f"{tuple(shape or ())}, "
                     f"got {len(entry)}"
                 )
                 return
@@ -515,7 +536,9 @@ class QuantizationSimModel:
             place(module, 2, param, entry, f"{name}")
         shape_problems = [p for p in problems if "expected" in p]
         if strict and problems or shape_problems:
-            listed = "\n".join(f"  - {problem}" for problem in (problems if strict else shape_problems))
+            listed = "\n".join(
+                f"  - {problem}" for problem in (problems if strict else shape_problems)
+            )
             raise RuntimeError(f"encodings that have no place in the model:\n{listed}")
         for path, (inputs, outputs, parameters) in found.items():
             qmodule = modules[path]
@@ -528,7 +551,8 @@ class QuantizationSimModel:
     def load_and_freeze_encodings(
         self, encoding_path: str, ignore_when_quantizer_disabled: bool = False
     ) -> None:
-        """Loads encodings by module names and fixes the ranges: calibration and training leave them alone.
+        """Loads encodings by module names and fixes the ranges: calibration and training leave them
+        alone.
 
         Args:
             encoding_path: file as :meth:`save_encodings_to_json` writes it.
@@ -604,18 +628,21 @@ class QuantizationSimModel:
     ) -> None:
         """Writes the model and its encodings, each file whole or not at all.
 
-        With ``export_to_torchscript``: ``{prefix}.torchscript.pth`` holds the simulation with rimet's ops in it. It
-        runs wherever the ops library is loaded, without Python too, and computes what :attr:`model` computes.
-        ``{prefix}.pth`` holds the model without quantizers, ``{prefix}_torch.encodings`` the encodings by module
-        names (format 0.6.1) and ``{prefix}.encodings`` those by tensor names, in the format that
-        ``rimet.common.quantsim.encoding_version`` names: ``conv1.input.0``, ``conv1.output.0``, ``conv1.weight``.
+        With ``export_to_torchscript``: ``{prefix}.torchscript.pth`` holds the simulation with
+        rimet's ops in it. It runs wherever the ops library is loaded, without Python too, and
+        computes what :attr:`model` computes. ``{prefix}.pth`` holds the model without quantizers,
+        ``{prefix}_torch.encodings`` the encodings by module names (format 0.6.1) and
+        ``{prefix}.encodings`` those by tensor names, in the format that
+        ``rimet.common.quantsim.encoding_version`` names: ``conv1.input.0``, ``conv1.output.0``,
+        ``conv1.weight``.
 
         Args:
             path: folder; made if it is not there.
             filename_prefix: first part of the files' names.
             dummy_input: example input, as for the constructor.
             onnx_export_args: arguments of the ONNX export.
-            propagate_encodings: give tensors between the ops of one module encodings too; ONNX, format 0.6.1 only.
+            propagate_encodings: give tensors between the ops of one module encodings too; ONNX,
+                format 0.6.1 only.
             export_to_torchscript: TorchScript instead of ONNX.
             use_embedded_encodings: refused, as by AIMET.
             export_model: whether the model itself is written, too.
@@ -623,23 +650,26 @@ class QuantizationSimModel:
             apply_param_qdq: whether the parameters in ``{prefix}.pth`` have their quantized values.
 
         Raises:
-            RuntimeError: ``use_embedded_encodings``; ``propagate_encodings`` with another format than 0.6.1; no ONNX
-                export in this build; quantizers that were not calibrated.
+            RuntimeError: ``use_embedded_encodings``; ``propagate_encodings`` with another format
+                than 0.6.1; no ONNX export in this build; quantizers that were not calibrated.
         """
         from rimet.common import quantsim
 
         if use_embedded_encodings:
             raise RuntimeError(
-                "use_embedded_encodings: no longer supported; the TorchScript file holds rimet's ops instead"
+                "use_embedded_encodings: no longer supported; the TorchScript file holds rimet's "
+                "ops instead"
             )
         version = quantsim.encoding_version
         if propagate_encodings and version != "0.6.1":
             raise RuntimeError(
-                f"propagate_encodings: needs rimet.common.quantsim.encoding_version 0.6.1, got {version}"
+                "propagate_encodings: needs rimet.common.quantsim.encoding_version 0.6.1, got "
+                f"{version}"
             )
         if not export_to_torchscript:
             raise RuntimeError(
-                "export: this build writes TorchScript only; pass export_to_torchscript=True, or write the "
+                "export: this build writes TorchScript only; pass export_to_torchscript=True, or "
+                "write the "
                 "encodings with save_encodings_to_json"
             )
         self._check_calibrated()
@@ -672,7 +702,8 @@ class QuantizationSimModel:
                 )
             if kwargs:
                 raise RuntimeError(
-                    "dummy_input: TorchScript takes either positional or keyword arguments, got both"
+                    "dummy_input: TorchScript takes either positional or keyword arguments, got "
+                    "both"
                 )
             return torch.jit.trace(self.model, args, check_trace=False, strict=False)
 
@@ -681,8 +712,10 @@ class QuantizationSimModel:
         if empty:
             shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
             raise RuntimeError(
-                f"{len(empty)} quantizers are not calibrated: {shown}. Run compute_encodings on data that "
-                "reaches them, load encodings, or exclude their layers with exclude_layers_from_quantization"
+                f"{len(empty)} quantizers are not calibrated: {shown}. Run compute_encodings on "
+                "data that "
+                "reaches them, load encodings, or exclude their layers with "
+                "exclude_layers_from_quantization"
             )
 
     def export_weights_to_safetensors(self, path: str, filename_prefix: str) -> None:
@@ -722,7 +755,8 @@ def compute_encodings_for_sims(
     forward_pass_callback: Callable[..., Any],
     forward_pass_callback_args: Any = _NOT_SPECIFIED,
 ) -> None:
-    """Calibrates several simulations with one callback, called as ``callback([sim.model, ...], args)``.
+    """Calibrates several simulations with one callback, called as ``callback([sim.model, ...],
+    args)``.
 
     For models that work together, such as parts of a pipeline.
 
@@ -736,7 +770,9 @@ def compute_encodings_for_sims(
         forward_pass_callback([sim.model for sim in sim_list], *args)
 
 
-def load_encodings_to_sim(quant_sim_model: QuantizationSimModel, pytorch_encoding_path: str) -> None:
+def load_encodings_to_sim(
+    quant_sim_model: QuantizationSimModel, pytorch_encoding_path: str
+) -> None:
     """Loads encodings by module names into a simulation; quantizers without an entry are removed.
 
     Args:
@@ -756,7 +792,8 @@ def save_checkpoint(quant_sim_model: QuantizationSimModel, file_path: str) -> No
 
 
 def load_checkpoint(file_path: str) -> QuantizationSimModel:
-    """Unpickles a simulation that :func:`save_checkpoint` wrote. Unpickling runs code: only load files you trust.
+    """Unpickles a simulation that :func:`save_checkpoint` wrote. Unpickling runs code: only load
+    files you trust.
 
     Raises:
         TypeError: the file holds something else.
@@ -768,13 +805,11 @@ def load_checkpoint(file_path: str) -> QuantizationSimModel:
     return sim
 
 
-def check_accumulator_overflow(
-    model: nn.Module, quant_bw: int, accum_bw: int
-) -> tuple[str, float]:
+def check_accumulator_overflow(model: nn.Module, quant_bw: int, accum_bw: int) -> tuple[str, float]:
     """How much of an integer accumulator the layers of a model can use up.
 
-    For each convolution and linear layer the worst case of ``sum(|w_int| * a_int)`` over one output is taken, with
-    weights on a symmetric and activations on an unsigned grid of ``quant_bw`` bits.
+    For each convolution and linear layer the worst case of ``sum(|w_int| * a_int)`` over one output
+    is taken, with weights on a symmetric and activations on an unsigned grid of ``quant_bw`` bits.
 
     Args:
         model: a floating-point model.
@@ -782,7 +817,8 @@ def check_accumulator_overflow(
         accum_bw: bits of the accumulator.
 
     Returns:
-        The name of the layer that needs most, and the part of the accumulator's range that it uses, in percent.
+        The name of the layer that needs most, and the part of the accumulator's range that it uses,
+        in percent.
     """
     worst, most = "", 0.0
     limit = 2.0 ** (accum_bw - 1)
@@ -798,5 +834,3 @@ def check_accumulator_overflow(
         if total / limit > most:
             worst, most = name, total / limit
     return worst, most * 100.0
-
-

@@ -1,7 +1,8 @@
 """Small models on which rimet's quantizer placement and encodings are compared with AIMET's.
 
-Used by the script that records the golden file (with AIMET) and by the test (with rimet): ``ops`` is the namespace of
-elementwise modules of either. Weights and inputs are made by a formula, so both see the same numbers.
+Used by the script that records the golden file (with AIMET) and by the test (with rimet): ``ops``
+is the namespace of elementwise modules of either. Weights and inputs are made by a formula, so both
+see the same numbers.
 """
 
 from __future__ import annotations
@@ -92,7 +93,11 @@ class InvertedResidual(nn.Module):
         self.use_residual = stride == 1 and channels == out
         layers: list[nn.Module] = []
         if expand != 1:
-            layers += [nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+            layers += [
+                nn.Conv2d(channels, hidden, 1, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU6(),
+            ]
         layers += [
             nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
@@ -125,7 +130,9 @@ class MobileNetV2(nn.Module):
 
 
 class Concat(nn.Module):
-    """Concatenation as a module, with a functional addition, a depthwise convolution and the model's input."""
+    """Concatenation as a module, with a functional addition, a depthwise convolution and the
+    model's input.
+    """
 
     def __init__(self, ops: Any) -> None:
         super().__init__()
@@ -265,7 +272,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         n = self.norm1(x)
         q, k, v = (
-            part.reshape(-1, 5, 2, 4).permute(0, 2, 1, 3) for part in (self.q(n), self.k(n), self.v(n))
+            part.reshape(-1, 5, 2, 4).permute(0, 2, 1, 3)
+            for part in (self.q(n), self.k(n), self.v(n))
         )
         scores = self.softmax(self.scale(self.scores(q, k.transpose(-1, -2)), 2.0))
         y = self.mix(scores, v).permute(0, 2, 1, 3).reshape(-1, 5, 8)
@@ -432,10 +440,24 @@ class Activations(nn.Module):
     def __init__(self, ops: Any) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.Hardtanh(), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU6(),
-            nn.ZeroPad2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.PReLU(4),
-            nn.Dropout2d(0.1), nn.LogSoftmax(1), nn.Softsign(), nn.AvgPool2d(2), nn.MaxPool2d(2),
-        )  # fmt: skip
+            nn.Conv2d(3, 4, 3),
+            nn.Hardtanh(),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.ReLU6(),
+            nn.ZeroPad2d(1),
+            nn.Conv2d(4, 4, 1),
+            nn.Sigmoid(),
+            nn.Conv2d(4, 4, 1),
+            nn.SiLU(),
+            nn.Conv2d(4, 4, 1),
+            nn.PReLU(4),
+            nn.Dropout2d(0.1),
+            nn.LogSoftmax(1),
+            nn.Softsign(),
+            nn.AvgPool2d(2),
+            nn.MaxPool2d(2),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
@@ -494,7 +516,9 @@ def build(name: str, ops: Any) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 def describe(model: nn.Module, is_qmodule: Callable[[nn.Module], bool]) -> dict[str, Any]:
-    """Where quantizers are, of which kind, with which ranges; shared quantizers by the path of their first place."""
+    """Where quantizers are, of which kind, with which ranges; shared quantizers by the path of
+    their first place.
+    """
     first: dict[int, str] = {}
     description: dict[str, Any] = {}
 
@@ -519,9 +543,12 @@ def describe(model: nn.Module, is_qmodule: Callable[[nn.Module], bool]) -> dict[
             continue
         description[path] = {
             "inputs": [one(q, f"{path}.input.{i}") for i, q in enumerate(module.input_quantizers)],
-            "outputs": [one(q, f"{path}.output.{i}") for i, q in enumerate(module.output_quantizers)],
+            "outputs": [
+                one(q, f"{path}.output.{i}") for i, q in enumerate(module.output_quantizers)
+            ],
             "params": {
-                name: one(q, f"{path}.{name}") for name, q in sorted(module.param_quantizers.items())
+                name: one(q, f"{path}.{name}")
+                for name, q in sorted(module.param_quantizers.items())
             },
         }
     return description

@@ -1,6 +1,7 @@
 """Records ``golden.json``: placement and encodings of AIMET on the models of ``models.py``.
 
-Run with the Python of an environment that holds aimet-torch 2.42.0: ``python tests/data/quantsim/record_golden.py``.
+Run with the Python of an environment that holds aimet-torch 2.42.0: ``python
+tests/data/quantsim/record_golden.py``.
 """
 
 from __future__ import annotations

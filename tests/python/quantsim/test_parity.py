@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from rimet.common.quantsim_config import utils
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn.modules import custom
@@ -29,8 +28,9 @@ CONFIGS: dict[str, tuple[Any, int, int]] = {
     "enpu_v7_w4a8": ("enpu_v7", 8, 4),
 }
 
-# Weights in which each range holds only one magnitude: AIMET takes that magnitude for the scale (so the range is wider
-# by the number of steps), rimet for the end of the range. Both grids hold the weight exactly.
+# Weights in which each range holds only one magnitude: AIMET takes that magnitude for the scale (so
+# the range is wider by the number of steps), rimet for the end of the range. Both grids hold the
+# weight exactly.
 DIFFERENT_RANGES = {"conv3d.bn.params.weight", "activations.layers.11.params.weight"}
 
 
@@ -45,7 +45,9 @@ def assert_same(got: Any, expected: Any, place: str) -> None:
             if key in expected and place not in DIFFERENT_RANGES:
                 a, b = torch.tensor(got[key]), torch.tensor(expected[key])
                 scale = max(map(abs, expected["min"] + expected["max"]))
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * scale, msg=lambda m: f"{place}.{key}: {m}")
+                torch.testing.assert_close(
+                    a, b, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, key=key: f"{place}.{key}: {m}"
+                )
     elif isinstance(expected, dict):
         assert set(got) == set(expected), f"{place}: {sorted(set(got) ^ set(expected))}"
         for key in expected:

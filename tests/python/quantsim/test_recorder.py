@@ -1,4 +1,6 @@
-"""The recorded graph: reused modules, functional and in-place operations, views, nesting, linear cost."""
+"""The recorded graph: reused modules, functional and in-place operations, views, nesting, linear
+cost.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from rimet._graph import Recording, Twin, bind_inputs, class_key, record
 from rimet.common.connected_graph.connectedgraph import get_ordered_ops
 from rimet.common.connected_graph.connectedgraph_utils import (
@@ -33,10 +33,11 @@ from rimet.meta.connectedgraph_utils import (
 )
 from rimet.nn.modules import custom
 from rimet.quantsim import QuantizationSimModel
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "quantsim"))
 
-from models import build  # noqa: E402
+from models import build
 
 
 def show(recording: Recording) -> list[str]:
@@ -67,7 +68,12 @@ class Wrap(nn.Module):
 
 def test_reused_module_and_function_calls_are_numbered() -> None:
     model = Wrap(lambda m, x: F.relu(m.act(F.relu(m.act(x)))), act=nn.Tanh())
-    assert show(record(model, (torch.randn(2),))) == ["act#0(0)->1", "relu#0(1)->2", "act#1(2)->3", "relu#1(3)->4"]
+    assert show(record(model, (torch.randn(2),))) == [
+        "act#0(0)->1",
+        "relu#0(1)->2",
+        "act#1(2)->3",
+        "relu#1(3)->4",
+    ]
 
 
 def test_in_place_operations_make_new_values() -> None:
@@ -88,7 +94,14 @@ def test_in_place_operations_make_new_values() -> None:
         "mul#1(4,4,4)->5",
         "act#0(5)->6",
     ]
-    assert [node["in_place"] for node in recording.graph.nodes()] == [False, True, True, True, True, False]
+    assert [node["in_place"] for node in recording.graph.nodes()] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert recording.graph.tensors()[6]["output"] == 0
 
 
@@ -141,7 +154,9 @@ def test_nested_inputs_and_outputs() -> None:
     recording = record(model, ((a, [b, c]),), {"extra": {"k": k}})
     assert (recording.num_inputs, recording.num_outputs) == (4, 5)
     assert show(recording) == ["stack#0(0,1)->4", "lstm#0(4)->5,6,7", "mul#0(3)->8"]
-    outputs = {t["output"]: i for i, t in enumerate(recording.graph.tensors()) if t["output"] is not None}
+    outputs = {
+        t["output"]: i for i, t in enumerate(recording.graph.tensors()) if t["output"] is not None
+    }
     assert outputs == {0: 5, 1: 6, 2: 7, 3: 2, 4: 8}
 
 
@@ -156,7 +171,12 @@ def test_parameters_buffers_and_constants_are_told_apart() -> None:
     model.register_buffer("b", torch.randn(2))
     recording = record(model, (torch.randn(1, 2),))
     kinds = [(t["kind"], t["name"]) for t in recording.graph.tensors()]
-    assert kinds[:4] == [("input", None), ("parameter", "w"), ("parameter", "b"), ("activation", None)]
+    assert kinds[:4] == [
+        ("input", None),
+        ("parameter", "w"),
+        ("parameter", "b"),
+        ("activation", None),
+    ]
     assert ("constant", None) in kinds and len(recording.unwatched) == 1
     assert [n["function"] for n in recording.graph.nodes()] == ["linear", "add", "zeros", "add"]
 
@@ -165,7 +185,9 @@ def test_executed_path_and_scopes() -> None:
     inner = Wrap(lambda m, x: x.exp() if x.sum() > 0 else x.sin())
     model = Wrap(lambda m, x: m.inner(x) + m.inner(-x), inner=inner)
     nodes = record(model, (torch.ones(2),)).graph.nodes()
-    computed = [(n["scope"], n["function"]) for n in nodes if n["function"] in ("exp", "sin", "add", "neg")]
+    computed = [
+        (n["scope"], n["function"]) for n in nodes if n["function"] in ("exp", "sin", "add", "neg")
+    ]
     assert computed == [("inner", "exp"), ("", "neg"), ("inner", "sin"), ("", "add")]
 
 
@@ -190,7 +212,11 @@ def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
 def test_leaves_and_class_keys() -> None:
     attention = nn.MultiheadAttention(4, 2)
     model = Wrap(lambda m, x: m.mha(x, x, x)[0], mha=attention)
-    whole = record(model, (torch.randn(3, 1, 4),), twin_of=lambda p, m: Twin(3, 1, False) if p == "mha" else None)
+    whole = record(
+        model,
+        (torch.randn(3, 1, 4),),
+        twin_of=lambda p, m: Twin(3, 1, False) if p == "mha" else None,
+    )
     assert show(whole)[0].startswith("mha#0(0,0,0)->")
     parts = record(model, (torch.randn(3, 1, 4),))
     assert parts.graph.nodes()[0]["function"] == "multi_head_attention_forward"
@@ -230,7 +256,15 @@ def test_cost_is_linear_in_the_number_of_nodes() -> None:
         best = float("inf")
         for _ in range(2):
             start = time.perf_counter()
-            recording = record(module, (x,), twin_of=lambda p, m: Twin(1, 1, False) if not p.endswith("s") and next(m.children(), None) is None else None)
+            recording = record(
+                module,
+                (x,),
+                twin_of=lambda p, m: (
+                    Twin(1, 1, False)
+                    if not p.endswith("s") and next(m.children(), None) is None
+                    else None
+                ),
+            )
             best = min(best, time.perf_counter() - start)
         assert len(recording.graph) == 4 * blocks
         return best
@@ -247,19 +281,30 @@ def test_connected_graph_of_a_residual_model() -> None:
     graph = ConnectedGraph(model, inputs)
     conv = graph.get_op_from_module_name("ResNet.conv1")
     assert conv is graph.get_op_from_module_name("conv1") and conv is not None
-    assert (conv.type, conv.name, conv.dotted_name, conv.groups) == ("Conv", "Conv_0", "ResNet.conv1", 1)
+    assert (conv.type, conv.name, conv.dotted_name, conv.groups) == (
+        "Conv",
+        "Conv_0",
+        "ResNet.conv1",
+        1,
+    )
     assert (conv.num_in_channels, conv.num_out_channels) == (3, 8)
     assert conv.get_module() is model.conv1
     assert [op.type for op in conv.output_ops] == ["BatchNormalization"]
     assert [p.name for p in conv.inputs] == ["input_0_to_Conv_0", "ResNet.conv1.weight"]
-    assert conv.inputs[0].is_model_input and conv.inputs[1].is_parm and not conv.inputs[0].is_quantized()
+    assert (
+        conv.inputs[0].is_model_input
+        and conv.inputs[1].is_parm
+        and not conv.inputs[0].is_quantized()
+    )
     pool = graph.get_op_from_module_name("maxpool")
     assert pool is not None
     (split,) = pool.output_ops
     assert split.type == CG_SPLIT and [op.type for op in split.output_ops] == ["Conv", "Add"]
     assert get_all_input_ops(graph) == [conv]
     assert [op.dotted_name for op in get_all_output_ops(graph)] == ["ResNet.fc"]
-    assert graph.input_structure[0].op is conv and graph.output_structure.op.dotted_name == "ResNet.fc"
+    assert (
+        graph.input_structure[0].op is conv and graph.output_structure.op.dotted_name == "ResNet.fc"
+    )
     assert all(op.type != CG_SPLIT for op in graph.ordered_ops)
     ordered = get_ordered_ops([conv])
     position = {op: i for i, op in enumerate(ordered)}
@@ -275,10 +320,20 @@ def test_questions_to_the_graph(tmp_path: Path) -> None:
     pairs = get_module_act_func_pair(model, inputs)
     assert pairs[model.branch[1]] is model.branch[2] and pairs[model.stem] is None
     graph = create_connected_graph_with_input_shapes(model, (2, 3, 6, 6))
-    assert {op.type for op in get_all_ops_with_constant_inputs(graph)} == {"chunk", "view", "transpose"}
+    assert {op.type for op in get_all_ops_with_constant_inputs(graph)} == {
+        "chunk",
+        "view",
+        "transpose",
+    }
     export_connected_graph(graph, str(tmp_path), "graph")
     content = json.loads((tmp_path / "graph.json").read_text())
-    assert {"name": "Shuffle.stem", "type": "Conv", "inputs": [], "outputs": ["chunk_1"], "is_functional": False} in content["ops"]
+    assert {
+        "name": "Shuffle.stem",
+        "type": "Conv",
+        "inputs": [],
+        "outputs": ["chunk_1"],
+        "is_functional": False,
+    } in content["ops"]
 
 
 def test_graph_of_a_simulation_survives_copies() -> None:
@@ -288,4 +343,6 @@ def test_graph_of_a_simulation_survives_copies() -> None:
     assert sim.connected_graph.get_op_from_module_name("conv1").get_module() is sim.model.conv1
     for other in (copy.deepcopy(sim), pickle.loads(pickle.dumps(sim))):
         assert list(other.connected_graph.get_all_ops()) == names
-        assert other.connected_graph.get_op_from_module_name("conv1").get_module() is other.model.conv1
+        assert (
+            other.connected_graph.get_op_from_module_name("conv1").get_module() is other.model.conv1
+        )

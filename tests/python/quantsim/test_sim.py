@@ -1,4 +1,6 @@
-"""QuantizationSimModel: an ordinary module that calibrates, trains, saves, loads, traces and exports; clear errors."""
+"""QuantizationSimModel: an ordinary module that calibrates, trains, saves, loads, traces and
+exports; clear errors.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
-
 import rimet
+import torch
 from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.nn import QuantizationMixin, UnknownModuleError
 from rimet.nn.modules import custom
@@ -32,10 +32,11 @@ from rimet.quantsim import (
     load_encodings_to_sim,
     save_checkpoint,
 )
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "quantsim"))
 
-from models import build, wave  # noqa: E402
+from models import build, wave
 
 
 def make(name: str = "conv_bn_relu", **options: Any) -> tuple[QuantizationSimModel, Any]:
@@ -62,7 +63,9 @@ def test_forward_is_the_composition_of_quantized_steps() -> None:
         zero = torch.as_tensor(low / scale).round()
         return ((values / scale).round().clamp(zero, zero + steps)) * scale
 
-    weight = torch.stack([grid(row, -8 / 7 * row.abs().max(), row.abs().max(), 15) for row in layer.weight])
+    weight = torch.stack(
+        [grid(row, -8 / 7 * row.abs().max(), row.abs().max(), 15) for row in layer.weight]
+    )
     # A symmetric range holds the largest magnitude on the side that it is on.
     weight[0] = grid(layer.weight[0], -1.0, 7 / 8, 15)
     expected = grid(x, -1.5, 2.0, 255) @ weight.T + layer.bias
@@ -189,7 +192,9 @@ def test_nested_inputs_and_keywords() -> None:
     kwargs = {"pair": pair, "extra": {"z": torch.randn(2)}}
     sim = QuantizationSimModel(Nested(), kwargs)
     sim.compute_encodings(lambda m: m(**kwargs))
-    assert sim.model.a.input_quantizers[0] is not None and sim.model.b.input_quantizers[0] is not None
+    assert (
+        sim.model.a.input_quantizers[0] is not None and sim.model.b.input_quantizers[0] is not None
+    )
     sim2 = QuantizationSimModel(Nested(), (pair, {"extra": {"z": torch.randn(2)}}))
     assert sim2.model.a.input_quantizers[0] is not None
 
@@ -298,7 +303,10 @@ def test_weight_changes_of_any_kind_are_seen() -> None:
         assert not torch.equal(sim.model(x), before)
 
 
-@pytest.mark.parametrize("name", ["conv_bn_relu", "resnet_functional", "mobilenet_v2", "concat", "transformer", "shuffle"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv_bn_relu", "resnet_functional", "mobilenet_v2", "concat", "transformer", "shuffle"],
+)
 def test_torchscript_and_torch_export(name: str) -> None:
     sim, x = make(name)
     expected = sim.model(x)
@@ -329,7 +337,8 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
 
             torch.set_num_threads(1)
             rank = int(sys.argv[1])
-            dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+            store = "file://" + sys.argv[2]
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
             model, (x,) = build("conv_bn_relu", custom)
             sim = QuantizationSimModel(model, x)
             sim.compute_encodings(lambda m: m(x))
@@ -374,7 +383,9 @@ def test_the_fused_encoder_layer_does_not_bypass_the_quantizers() -> None:
     sim.exclude_layers_from_quantization([sim.model.layers[0].self_attn])
     with torch.no_grad():
         fused, quantized = model(x), sim.model(x)
-    torch.testing.assert_close(quantized, sim.model(x).detach())  # gradients switch the fused layer off
+    torch.testing.assert_close(
+        quantized, sim.model(x).detach()
+    )  # gradients switch the fused layer off
     assert (fused - quantized).abs().max() > 0.01
     plain = QuantizationSimModel.get_original_model(sim.model)
     assert plain.layers[0].activation_relu_or_gelu == 1
@@ -428,10 +439,15 @@ def test_loading_flags() -> None:
 
 def test_loading_problems_are_named_together_and_change_nothing() -> None:
     sim, x = make()
-    before = {k: v.clone() for k, v in sim.model.state_dict().items() if isinstance(v, torch.Tensor)}
+    before = {
+        k: v.clone() for k, v in sim.model.state_dict().items() if isinstance(v, torch.Tensor)
+    }
     channel = {"bitwidth": 8, "dtype": "int", "is_symmetric": "True", "min": -1.0, "max": 1.0}
     bad = {
-        "activation_encodings": {"nowhere": {"input": {"0": channel}}, "conv1": {"output": {"0": channel}}},
+        "activation_encodings": {
+            "nowhere": {"input": {"0": channel}},
+            "conv1": {"output": {"0": channel}},
+        },
         "param_encodings": {"conv1.bias": [channel], "conv1.weight": [channel] * 8},
     }
     with pytest.raises(RuntimeError) as caught:
@@ -447,7 +463,9 @@ def test_loading_problems_are_named_together_and_change_nothing() -> None:
     after = sim.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     sim.load_encodings(bad, strict=False)
-    assert sim.model.conv1.param_quantizers["weight"].max.max().item() == pytest.approx(1.0, abs=0.01)
+    assert sim.model.conv1.param_quantizers["weight"].max.max().item() == pytest.approx(
+        1.0, abs=0.01
+    )
 
 
 def test_freezing(tmp_path: Path) -> None:
@@ -470,18 +488,32 @@ def test_freezing(tmp_path: Path) -> None:
 def test_export_writes_a_torchscript_that_runs_with_the_ops_alone(tmp_path: Path) -> None:
     sim, x = make("resnet_functional")
     sim.export(str(tmp_path), "m", x, export_to_torchscript=True)
-    assert sorted(os.listdir(tmp_path)) == ["m.encodings", "m.pth", "m.torchscript.pth", "m_torch.encodings"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "m.encodings",
+        "m.pth",
+        "m.torchscript.pth",
+        "m_torch.encodings",
+    ]
     original = torch.load(tmp_path / "m.pth", weights_only=False)
     assert not any(isinstance(m, QuantizerBase) for m in original.modules())
     by_module = json.loads((tmp_path / "m_torch.encodings").read_text())
     assert set(by_module) == {
-        "version", "activation_encodings", "param_encodings", "excluded_layers", "producer", "quantizer_args",
-    }  # fmt: skip
+        "version",
+        "activation_encodings",
+        "param_encodings",
+        "excluded_layers",
+        "producer",
+        "quantizer_args",
+    }
     assert by_module["quantizer_args"]["quant_scheme"] == "min_max"
     by_tensor = json.loads((tmp_path / "m.encodings").read_text())
     assert by_tensor["version"] == "1.0.0"
     weight = next(e for e in by_tensor["param_encodings"] if e["name"] == "conv1.weight")
-    assert weight["enc_type"] == "PER_CHANNEL" and len(weight["scale"]) == 8 and weight["is_sym"] is True
+    assert (
+        weight["enc_type"] == "PER_CHANNEL"
+        and len(weight["scale"]) == 8
+        and weight["is_sym"] is True
+    )
     load_encodings_to_sim(sim, str(tmp_path / "m_torch.encodings"))
 
     torch.save((x, sim.model(x)), tmp_path / "io.pt")
@@ -514,7 +546,9 @@ def test_folding_and_the_way_back(tmp_path: Path) -> None:
     sim, x = make("mlp", default_param_bw=4)
     expected = sim.model(x)
     plain = QuantizationSimModel.get_original_model(sim.model)
-    assert [type(m) for m in plain.modules()] == [type(m) for m in build("mlp", custom)[0].modules()]
+    assert [type(m) for m in plain.modules()] == [
+        type(m) for m in build("mlp", custom)[0].modules()
+    ]
     assert torch.equal(plain(x), build("mlp", custom)[0](x))
     folded = QuantizationSimModel.get_original_model(sim.model, qdq_weights=True)
     assert folded.fc1.weight.unique().numel() <= 16 * 32
@@ -533,7 +567,9 @@ def test_folding_and_the_way_back(tmp_path: Path) -> None:
 def test_exclusion() -> None:
     sim, x = make()
     sim.exclude_param_from_quantization("weight")
-    weights = [m.param_quantizers["weight"] for m in sim.qmodules() if "weight" in m.param_quantizers]
+    weights = [
+        m.param_quantizers["weight"] for m in sim.qmodules() if "weight" in m.param_quantizers
+    ]
     assert weights and not any(weights)
     sim.exclude_layers_from_quantization([sim.model.conv1])
     assert type(sim.model.conv1) is nn.Conv2d and sim._excluded_layer_names == ["conv1"]
@@ -557,7 +593,11 @@ def test_exclusion() -> None:
         ({"default_data_type": QuantizationDataType.float}, ValueError, "default_output_bw"),
         ({"default_data_type": 2}, ValueError, "default_data_type"),
         ({"config_file": "no_such_file.json"}, FileNotFoundError, "htp_v73"),
-        ({"quant_scheme": QuantScheme.training_range_learning}, NotImplementedError, "quant_scheme"),
+        (
+            {"quant_scheme": QuantScheme.training_range_learning},
+            NotImplementedError,
+            "quant_scheme",
+        ),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -614,17 +654,33 @@ def test_unknown_modules_are_named_together() -> None:
     ("change", "error", "message"),
     [
         ({"extra": {}}, ValueError, r"\$\.extra"),
-        ({"params": {"bias": {"is_quantized": False}}}, ValueError, r"\$\.params\.bias\.is_quantized"),
-        ({"supergroups": [{"op_list": ["Conv", "Nope"]}]}, ValueError, r"\$\.supergroups\[0\]\.op_list\[1\]"),
+        (
+            {"params": {"bias": {"is_quantized": False}}},
+            ValueError,
+            r"\$\.params\.bias\.is_quantized",
+        ),
+        (
+            {"supergroups": [{"op_list": ["Conv", "Nope"]}]},
+            ValueError,
+            r"\$\.supergroups\[0\]\.op_list\[1\]",
+        ),
         ({"model_input": {"is_input_quantized": "False"}}, NotImplementedError, r"\$\.model_input"),
         (
-            {"defaults": {"ops": {}, "params": {"is_quantized": "True", "is_symmetric": "True"}, "strict_symmetric": "True"}},
+            {
+                "defaults": {
+                    "ops": {},
+                    "params": {"is_quantized": "True", "is_symmetric": "True"},
+                    "strict_symmetric": "True",
+                }
+            },
             NotImplementedError,
             r"strict_symmetric",
         ),
     ],
 )
-def test_configuration_errors(tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_configuration_errors(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     config = {
         "defaults": {"ops": {"is_output_quantized": "True"}, "params": {"is_quantized": "True"}},
         "params": {},

@@ -34,7 +34,9 @@ class ConnectedGraph:
         return self._products.get(name)
 
 
-def get_ordered_ops(list_of_starting_ops: Iterable[Op], restrict_to: Iterable[Op] | None = None) -> list[Op]:
+def get_ordered_ops(
+    list_of_starting_ops: Iterable[Op], restrict_to: Iterable[Op] | None = None
+) -> list[Op]:
     """The operations that are reached from some, each after all of its reached producers.
 
     Args:
@@ -44,7 +46,8 @@ def get_ordered_ops(list_of_starting_ops: Iterable[Op], restrict_to: Iterable[Op
     allowed = None if restrict_to is None else set(restrict_to)
     finished: dict[Op, None] = {}
     opened: set[Op] = set()
-    # Depth first; an operation is finished when all that follow it are, so the reversed order is a valid one.
+    # Depth first; an operation is finished when all that follow it are, so the reversed order is a
+    # valid one.
     stack: list[tuple[Op, bool]] = [(op, False) for op in list_of_starting_ops]
     while stack:
         op, leaving = stack.pop()
@@ -53,5 +56,7 @@ def get_ordered_ops(list_of_starting_ops: Iterable[Op], restrict_to: Iterable[Op
         elif op not in opened and (allowed is None or op in allowed):
             opened.add(op)
             stack.append((op, True))
-            stack.extend((following, False) for following in op.output_ops if following not in opened)
+            stack.extend(
+                (following, False) for following in op.output_ops if following not in opened
+            )
     return list(reversed(finished))

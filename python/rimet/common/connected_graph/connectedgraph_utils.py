@@ -38,8 +38,9 @@ def get_all_ops_with_constant_inputs(conn_graph: ConnectedGraph) -> set[Op]:
 
 
 def export_connected_graph(conn_graph: ConnectedGraph, path: str, filename_prefix: str) -> None:
-    """Writes ``{path}/{filename_prefix}.json``: ``ops`` (name, type, inputs, outputs, is_functional) and ``products``
-    (``activations``: producer, consumers; ``parameters``: name, op)."""
+    """Writes ``{path}/{filename_prefix}.json``: ``ops`` (name, type, inputs, outputs,
+    is_functional) and ``products`` (``activations``: producer, consumers; ``parameters``: name,
+    op)."""
     ops = [
         {
             "name": op.dotted_name,

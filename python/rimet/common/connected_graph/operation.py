@@ -30,7 +30,8 @@ class Op(OpInformation):
 
     Args:
         name: name, unique in its graph: the type and a number.
-        dotted_name: path of the module, with the model's class name in front; the name for a function.
+        dotted_name: path of the module, with the model's class name in front; the name for a
+            function.
         output_shape: shape of the (first) output in the recorded run.
         is_anonymous: whether it has no name of its own.
         op_type: ONNX-style type, or the name of the function.

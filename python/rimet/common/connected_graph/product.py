@@ -12,7 +12,8 @@ __all__ = ["Product"]
 
 
 class Product:
-    """A tensor: made by one operation, or given (model input, parameter, constant), and used by others.
+    """A tensor: made by one operation, or given (model input, parameter, constant), and used by
+    others.
 
     Args:
         name: name, unique in its graph.

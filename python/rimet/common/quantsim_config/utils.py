@@ -27,7 +27,10 @@ def get_path_for_per_tensor_config() -> str:
 def _targets() -> dict[str, Path]:
     return {
         "default": _FOLDER / "default_config_per_channel.json",
-        **{path.stem.replace("_config", ""): path for path in sorted(_FOLDER.glob("*_v*_config.json"))},
+        **{
+            path.stem.replace("_config", ""): path
+            for path in sorted(_FOLDER.glob("*_v*_config.json"))
+        },
     }
 
 
@@ -39,7 +42,9 @@ def get_path_for_target_config(target_config: str) -> str:
     """
     targets = _targets()
     if target_config not in targets:
-        raise ValueError(f"target_config: expected one of {', '.join(targets)}, got {target_config!r}")
+        raise ValueError(
+            f"target_config: expected one of {', '.join(targets)}, got {target_config!r}"
+        )
     return str(targets[target_config])
 
 
@@ -57,5 +62,6 @@ def resolve_config(config_file: str | None) -> str:
     if Path(config_file).is_file():
         return str(config_file)
     raise FileNotFoundError(
-        f"config_file: expected a path or one of the aliases {', '.join(targets)}, got {config_file!r}"
+        f"config_file: expected a path or one of the aliases {', '.join(targets)}, got "
+        f"{config_file!r}"
     )
