@@ -15,6 +15,8 @@ import rimet
 import torch
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow  # two short trainings, in processes of their own
+
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"
 ROWS = [
