@@ -50,6 +50,12 @@ def test_quantizer(case: Case) -> None:
     }
     for key, actual in found.items():
         expected = case.outputs[key]
+        if key == "scale" and expected.isinf().all() and case.qmax - case.qmin > 2**24:
+            # The widest range of float32 overflows in AIMET's float32 subtraction. On grids that
+            # float32 cannot hold rimet subtracts in float64, where it does not.
+            widest = 2 * torch.finfo(torch.float32).max / (case.qmax - case.qmin)
+            assert actual.item() == pytest.approx(widest, rel=2**-23)  # get_scale is float32
+            continue
         torch.testing.assert_close(
             actual.detach().float(), expected.float(), **tolerance(case), equal_nan=True
         )
