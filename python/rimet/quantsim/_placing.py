@@ -208,7 +208,8 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
 def bypassed(recording: Recording, twins: dict[str, nn.Module]) -> list[str]:
     """Paths of modules that did not run while a function outside of them used their parameters.
 
-    Quantizers of such modules have nothing to quantize: the function takes the parameters as they are.
+    Quantizers of such modules have nothing to quantize: the function takes the parameters as they
+    are.
     """
     idle = {
         module["path"]
