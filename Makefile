@@ -49,6 +49,8 @@ library: $(VENV)/.installed ## librimet.so and the crate, without Python
 
 .PHONY: demo
 demo: build ## the main job on real data, end to end
+	@echo "== release build of the Rust program (the first builds torch's C++ API without Python)"
+	cargo build --release --locked --example load_torchscript
 	$(BIN)/python examples/quickstart.py
 
 .PHONY: test

@@ -26,7 +26,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator["Split"]:
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Split]:
         """Consecutive batches, in random order if a generator is given."""
         order = torch.arange(len(self))
         if generator is not None:
@@ -34,7 +34,7 @@ class Split:
         for index in order.split(size):
             yield Split(self.images[index], self.labels[index])
 
-    def first(self, count: int) -> "Split":
+    def first(self, count: int) -> Split:
         return Split(self.images[:count], self.labels[:count])
 
 

@@ -49,7 +49,7 @@ class Row:
 def quantize(
     model: nn.Module, data: Split, *, weights: int, activations: int, per_channel: bool = True
 ) -> tuple[rimet.QuantizationSimModel, float]:
-    """A calibrated quantization simulation of `model`, and the calibration's time in milliseconds."""
+    """A calibrated quantization simulation of `model`, and the milliseconds calibration took."""
     config = get_path_for_per_channel_config() if per_channel else get_path_for_per_tensor_config()
     sim = rimet.QuantizationSimModel(
         model,
@@ -65,10 +65,10 @@ def quantize(
 
 
 def size_kib(model: nn.Module) -> float:
-    """Storage of the parameters: each at its quantizer's bit-width, plus a float32 scale per encoding.
+    """Storage of the parameters: each at its quantizer's bit-width, plus a float32 per scale.
 
-    A parameter without a quantizer counts as float32. Quantizers' own min and max are not part of the
-    deployed model.
+    A parameter without a quantizer counts as float32. The quantizers' own min and max are not part
+    of the deployed model.
     """
     bits = 0
     for module in model.modules():
@@ -107,7 +107,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def run_elsewhere(script: Path, tensors: Path, *, rust: bool) -> dict[str, bool]:
-    """Run the exported file in a fresh Python process and in a Rust program; who got the same logits?"""
+    """Run the exported file in a fresh Python process and a Rust program: same logits?"""
     # The thread count of this process: another one may split sums differently.
     environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
     environment.pop("PYTHONPATH", None)
@@ -115,7 +115,7 @@ def run_elsewhere(script: Path, tensors: Path, *, rust: bool) -> dict[str, bool]
 
     command = [sys.executable, str(HERE / "run_torchscript.py"), str(script), str(tensors)]
     command.append(rimet.ops_library_path())
-    print("\nA fresh Python process with torch and the ops library only:")
+    print("\nA fresh Python process with torch and the ops library only:", flush=True)
     agreed["python"] = subprocess.run(command, env=environment).returncode == 0
 
     manifest = HERE.parent / "Cargo.toml"
@@ -131,7 +131,7 @@ def run_elsewhere(script: Path, tensors: Path, *, rust: bool) -> dict[str, bool]
             filter(None, [libraries, environment.get("LD_LIBRARY_PATH")])
         )
         print("A Rust program (the first build takes minutes):", flush=True)
-        command = ["cargo", "run", "--release", "--quiet", "--example", "load_torchscript"]
+        command = ["cargo", "run", "--release", "--locked", "--example", "load_torchscript"]
         command += ["--manifest-path", str(manifest), "--", str(script), str(tensors)]
         agreed["rust"] = subprocess.run(command, env=environment).returncode == 0
     return agreed
@@ -216,9 +216,8 @@ def main() -> int:
     if failed:
         print(f"\nLogits DIFFER in: {', '.join(failed)}.")
         return 1
-    print(
-        f"\nLogits agree bit for bit between this process and: {', '.join(agreed)}. {seconds:.0f} s."
-    )
+    others = " and ".join({"python": "a fresh Python process", "rust": "Rust"}[n] for n in agreed)
+    print(f"\nLogits agree bit for bit between this process, {others}. {seconds:.0f} s in all.")
     return 0
 
 

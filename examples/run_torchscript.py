@@ -1,9 +1,9 @@
-"""Run an exported TorchScript file in a process that knows nothing of the model or of rimet's Python.
+"""Run an exported TorchScript file without the model's source and without rimet's Python package.
 
     python run_torchscript.py MODEL.torchscript.pth IO.safetensors OPS_LIBRARY
 
-Loads the ops library (`rimet.ops_library_path()` names it), runs the model on the tensor `input` and compares
-with the tensor `logits`. Exit status 0: they agree bit for bit.
+Loads the ops library (`rimet.ops_library_path()` names it), runs the model on the tensor `input`
+and compares with the tensor `logits`. Exit status 0: they agree bit for bit.
 """
 
 from __future__ import annotations

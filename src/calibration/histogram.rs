@@ -103,7 +103,11 @@ impl GroupHistogram {
             }
             Bins::Lattice { level } => {
                 let width = exp2(level);
-                out.extend(self.index.iter().map(|&i| ((f64::from(i) + 0.5) * width) as f32));
+                out.extend(
+                    self.index
+                        .iter()
+                        .map(|&i| ((f64::from(i) + 0.5) * width) as f32),
+                );
             }
         }
     }
@@ -151,7 +155,14 @@ impl GroupHistogram {
                 add(to, n - given);
             }
         }
-        Self { min: self.min, max: self.max, limits: self.limits, bins: Bins::Lattice { level }, index, count }
+        Self {
+            min: self.min,
+            max: self.max,
+            limits: self.limits,
+            bins: Bins::Lattice { level },
+            index,
+            count,
+        }
     }
 
     /// Takes in the counts of other data.
@@ -168,7 +179,12 @@ impl GroupHistogram {
         let level = level_for(self.min, self.max, 2 * bins);
         let coarser = |histogram: &Self, from: i32| -> Vec<(i32, u64)> {
             let shift = (level - from).clamp(0, 31);
-            histogram.index.iter().map(|i| i >> shift).zip(histogram.count.iter().copied()).collect()
+            histogram
+                .index
+                .iter()
+                .map(|i| i >> shift)
+                .zip(histogram.count.iter().copied())
+                .collect()
         };
         let (a, b) = (coarser(&a, level_a), coarser(&b, level_b));
         self.bins = Bins::Lattice { level };
@@ -281,11 +297,19 @@ impl HistogramStatistics {
         }
         if let Some(limit) = growth_limit {
             if limit.is_nan() || limit < 1.0 {
-                return Err(Error::value("histogram_growth_limit", "at least 1.0", limit));
+                return Err(Error::value(
+                    "histogram_growth_limit",
+                    "at least 1.0",
+                    limit,
+                ));
             }
         }
         let growth_limit = growth_limit.filter(|l| l.is_finite()).map(|l| l as f32);
-        Ok(Self { bins, growth_limit, groups: Vec::new() })
+        Ok(Self {
+            bins,
+            growth_limit,
+            groups: Vec::new(),
+        })
     }
 
     /// Number of bins over the range of a batch.
@@ -341,22 +365,28 @@ impl HistogramStatistics {
             None
         };
         let limit_of = |group: usize| limits.map(|groups| groups[group].limits);
-        let counter = Counter { walk: &walk, values, bins: self.bins, growth: self.growth_limit };
+        let counter = Counter {
+            walk: &walk,
+            values,
+            bins: self.bins,
+            growth: self.growth_limit,
+        };
         let tiles = walk.tiles();
         let threads = rayon::current_num_threads();
-        let groups: Vec<Vec<GroupHistogram>> = if tiles.len() >= 4 * threads || values.len() <= PIECE {
-            tiles
-                .into_par_iter()
-                .map_init(Workspace::default, |workspace, tile| {
-                    counter.count(tile, &limit_of, workspace)
-                })
-                .collect::<Result<_>>()?
-        } else {
-            tiles
-                .into_iter()
-                .map(|tile| counter.count_shared(tile, &limit_of))
-                .collect::<Result<_>>()?
-        };
+        let groups: Vec<Vec<GroupHistogram>> =
+            if tiles.len() >= 4 * threads || values.len() <= PIECE {
+                tiles
+                    .into_par_iter()
+                    .map_init(Workspace::default, |workspace, tile| {
+                        counter.count(tile, &limit_of, workspace)
+                    })
+                    .collect::<Result<_>>()?
+            } else {
+                tiles
+                    .into_iter()
+                    .map(|tile| counter.count_shared(tile, &limit_of))
+                    .collect::<Result<_>>()?
+            };
         Ok(Self {
             bins: self.bins,
             growth_limit: self.growth_limit,
@@ -400,7 +430,11 @@ impl HistogramStatistics {
         if groups == self.groups.len() {
             return Ok(());
         }
-        Err(Error::value("input", format!("{} encodings, as before", self.groups.len()), groups))
+        Err(Error::value(
+            "input",
+            format!("{} encodings, as before", self.groups.len()),
+            groups,
+        ))
     }
 
     /// Statistics of one batch counted elsewhere (on a GPU): for each group the finite range and the
@@ -433,7 +467,11 @@ impl HistogramStatistics {
                 Ok(frame.into_group(index, count))
             })
             .collect::<Result<_>>()?;
-        Ok(Self { bins: self.bins, growth_limit: self.growth_limit, groups })
+        Ok(Self {
+            bins: self.bins,
+            growth_limit: self.growth_limit,
+            groups,
+        })
     }
 
     /// The bins a batch with finite ranges `ranges` is counted on, `(low, high)` per group, within
@@ -458,13 +496,18 @@ impl HistogramStatistics {
 
     /// Everything as flat arrays, for files and messages; [`Self::from_parts`] reads them.
     pub fn to_parts(&self) -> Parts {
-        let mut parts = Parts { start: vec![0], ..Parts::default() };
+        let mut parts = Parts {
+            start: vec![0],
+            ..Parts::default()
+        };
         for g in &self.groups {
             let (low, high, level) = match g.bins {
                 Bins::Equal { low, high } => (low, high, Parts::EQUAL),
                 Bins::Lattice { level } => (0.0, 0.0, level),
             };
-            parts.range.extend([g.min, g.max, g.limits.0, g.limits.1, low, high]);
+            parts
+                .range
+                .extend([g.min, g.max, g.limits.0, g.limits.1, low, high]);
             parts.level.push(level);
             parts.index.extend(&g.index);
             parts.count.extend(g.count.iter().map(|&n| n as i64));
@@ -501,12 +544,18 @@ impl HistogramStatistics {
                     max: range[1],
                     limits: (range[2], range[3]),
                     bins: match parts.level[g] {
-                        Parts::EQUAL => Bins::Equal { low: range[4], high: range[5] },
+                        Parts::EQUAL => Bins::Equal {
+                            low: range[4],
+                            high: range[5],
+                        },
                         level => Bins::Lattice { level },
                     },
                     index: parts.index[entries.clone()].to_vec(),
                     // A negative count becomes zero, which is refused below.
-                    count: parts.count[entries].iter().map(|&n| n.max(0) as u64).collect(),
+                    count: parts.count[entries]
+                        .iter()
+                        .map(|&n| n.max(0) as u64)
+                        .collect(),
                 }
             })
             .collect();
@@ -582,7 +631,13 @@ impl Frame {
                 (low - room, high + room)
             }
         });
-        Ok(Self { min, max, low, high, limits })
+        Ok(Self {
+            min,
+            max,
+            low,
+            high,
+            limits,
+        })
     }
 
     fn into_group(self, index: Vec<i32>, count: Vec<u64>) -> GroupHistogram {
@@ -590,7 +645,10 @@ impl Frame {
             min: self.min,
             max: self.max,
             limits: self.limits,
-            bins: Bins::Equal { low: self.low, high: self.high },
+            bins: Bins::Equal {
+                low: self.low,
+                high: self.high,
+            },
             index,
             count,
         }
@@ -622,17 +680,23 @@ impl Counter<'_> {
         scratch: &mut Scratch,
     ) -> Vec<(f32, f32)> {
         let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); tile.len()];
-        self.walk.for_each_slice(self.values, tile.clone(), elements, scratch, |group, slice| {
-            let mut seen = simd::range(slice);
-            if seen.0 == f32::NEG_INFINITY || seen.1 == f32::INFINITY {
-                // Infinities, or nothing but NaN: look again for the finite ones.
-                let finite = slice.iter().copied().filter(|x| x.is_finite());
-                seen = finite.fold((f32::INFINITY, f32::NEG_INFINITY), |r, x| {
-                    (r.0.min(x), r.1.max(x))
-                });
-            }
-            widen(&mut ranges[group - tile.start], seen);
-        });
+        self.walk.for_each_slice(
+            self.values,
+            tile.clone(),
+            elements,
+            scratch,
+            |group, slice| {
+                let mut seen = simd::range(slice);
+                if seen.0 == f32::NEG_INFINITY || seen.1 == f32::INFINITY {
+                    // Infinities, or nothing but NaN: look again for the finite ones.
+                    let finite = slice.iter().copied().filter(|x| x.is_finite());
+                    seen = finite.fold((f32::INFINITY, f32::NEG_INFINITY), |r, x| {
+                        (r.0.min(x), r.1.max(x))
+                    });
+                }
+                widen(&mut ranges[group - tile.start], seen);
+            },
+        );
         ranges
     }
 
@@ -645,17 +709,27 @@ impl Counter<'_> {
         workspace: &mut Workspace,
     ) {
         let width = self.bins as usize + 1;
-        let Workspace { scratch, table, bins } = workspace;
+        let Workspace {
+            scratch,
+            table,
+            bins,
+        } = workspace;
         table.clear();
         table.resize(tile.len() * TABLES * width, 0);
         bins.resize(super::walk::CHUNK, 0);
-        self.walk.for_each_slice(self.values, tile.clone(), elements, scratch, |group, slice| {
-            let frame = &frames[group - tile.start];
-            let bins = &mut bins[..slice.len()];
-            frame_bins(frame, slice, self.bins, bins);
-            let tables = &mut table[(group - tile.start) * TABLES * width..][..TABLES * width];
-            increment(tables, width, bins);
-        });
+        self.walk.for_each_slice(
+            self.values,
+            tile.clone(),
+            elements,
+            scratch,
+            |group, slice| {
+                let frame = &frames[group - tile.start];
+                let bins = &mut bins[..slice.len()];
+                frame_bins(frame, slice, self.bins, bins);
+                let tables = &mut table[(group - tile.start) * TABLES * width..][..TABLES * width];
+                increment(tables, width, bins);
+            },
+        );
     }
 
     /// The entries of a tile's groups, from tables that [`Self::add`] has filled.
@@ -663,7 +737,9 @@ impl Counter<'_> {
         let width = self.bins as usize + 1;
         let tables = &table[group * TABLES * width..][..TABLES * width];
         for (i, n) in dense.iter_mut().enumerate() {
-            *n += (0..TABLES).map(|t| u64::from(tables[t * width + i])).sum::<u64>();
+            *n += (0..TABLES)
+                .map(|t| u64::from(tables[t * width + i]))
+                .sum::<u64>();
         }
     }
 
@@ -710,16 +786,26 @@ impl Counter<'_> {
     }
 
     /// Counts a group of fewer elements than bins: sorts the bin numbers.
-    fn count_few(&self, tile: &Range<usize>, frame: Frame, workspace: &mut Workspace) -> GroupHistogram {
-        let Workspace { scratch, bins, table } = workspace;
+    fn count_few(
+        &self,
+        tile: &Range<usize>,
+        frame: Frame,
+        workspace: &mut Workspace,
+    ) -> GroupHistogram {
+        let Workspace {
+            scratch,
+            bins,
+            table,
+        } = workspace;
         table.clear();
         bins.resize(super::walk::CHUNK, 0);
         let all = 0..self.walk.per_group();
-        self.walk.for_each_slice(self.values, tile.clone(), all, scratch, |_, slice| {
-            let bins = &mut bins[..slice.len()];
-            frame_bins(&frame, slice, self.bins, bins);
-            table.extend(bins.iter().filter(|&&bin| bin < self.bins));
-        });
+        self.walk
+            .for_each_slice(self.values, tile.clone(), all, scratch, |_, slice| {
+                let bins = &mut bins[..slice.len()];
+                frame_bins(&frame, slice, self.bins, bins);
+                table.extend(bins.iter().filter(|&&bin| bin < self.bins));
+            });
         table.sort_unstable();
         let runs = || table.chunk_by(|a, b| a == b);
         frame.into_group(
@@ -744,7 +830,9 @@ impl Counter<'_> {
             .collect();
         let ranges = pieces
             .par_iter()
-            .map_init(Scratch::default, |scratch, piece| self.ranges(&tile, piece.clone(), scratch))
+            .map_init(Scratch::default, |scratch, piece| {
+                self.ranges(&tile, piece.clone(), scratch)
+            })
             .reduce_with(|mut a, b| {
                 a.iter_mut().zip(b).for_each(|(a, b)| widen(a, b));
                 a
@@ -770,7 +858,11 @@ impl Counter<'_> {
                 a
             })
             .unwrap_or_default();
-        Ok(frames.into_iter().zip(dense.chunks(bins)).map(|(f, dense)| sparse(f, dense)).collect())
+        Ok(frames
+            .into_iter()
+            .zip(dense.chunks(bins))
+            .map(|(f, dense)| sparse(f, dense))
+            .collect())
     }
 }
 
@@ -809,10 +901,17 @@ fn frame_bins(frame: &Frame, x: &[f32], bins: u32, out: &mut [u32]) {
         simd::bin_indices(x, frame.low, frame.high, bins, out);
     } else {
         // The formula in float64, where float32 would overflow.
-        let (low, span) = (f64::from(frame.low), f64::from(frame.high) - f64::from(frame.low));
+        let (low, span) = (
+            f64::from(frame.low),
+            f64::from(frame.high) - f64::from(frame.low),
+        );
         for (slot, &v) in out.iter_mut().zip(x) {
             let t = (f64::from(v) - low) / span * f64::from(bins);
-            *slot = if t.is_nan() { bins } else { t.clamp(0.0, f64::from(bins - 1)) as u32 };
+            *slot = if t.is_nan() {
+                bins
+            } else {
+                t.clamp(0.0, f64::from(bins - 1)) as u32
+            };
         }
     }
 }
@@ -850,7 +949,9 @@ mod tests {
 
     fn of(x: &[f32], bins: usize) -> HistogramStatistics {
         let mut statistics = HistogramStatistics::new(bins, None).unwrap();
-        statistics.update(Values::F32(x), &per_tensor(x.len())).unwrap();
+        statistics
+            .update(Values::F32(x), &per_tensor(x.len()))
+            .unwrap();
         statistics
     }
 
@@ -874,11 +975,23 @@ mod tests {
 
         let constant = of(&[3.0; 7], 4);
         let g = &constant.groups()[0];
-        assert_eq!((g.min(), g.max(), g.bins()), (3.0, 3.0, Bins::Equal { low: 2.5, high: 3.5 }));
+        assert_eq!(
+            (g.min(), g.max(), g.bins()),
+            (
+                3.0,
+                3.0,
+                Bins::Equal {
+                    low: 2.5,
+                    high: 3.5
+                }
+            )
+        );
         assert_eq!(g.counts(), (&[2][..], &[7][..]));
 
         let mut s = HistogramStatistics::new(4, None).unwrap();
-        let e = s.update(Values::F32(&[f32::NAN; 3]), &per_tensor(3)).unwrap_err();
+        let e = s
+            .update(Values::F32(&[f32::NAN; 3]), &per_tensor(3))
+            .unwrap_err();
         assert!(e.to_string().contains("encoding 0"), "{e}");
         assert!(s.groups().is_empty());
         assert!(s.update(Values::F32(&[]), &per_tensor(0)).is_err());
@@ -895,11 +1008,13 @@ mod tests {
     fn growth_is_limited() {
         let mut s = HistogramStatistics::new(8, Some(3.0)).unwrap();
         s.update(Values::F32(&[-1.0, 1.0]), &per_tensor(2)).unwrap();
-        s.update(Values::F32(&[-100.0, 0.0, 3.5]), &per_tensor(3)).unwrap();
+        s.update(Values::F32(&[-100.0, 0.0, 3.5]), &per_tensor(3))
+            .unwrap();
         let g = &s.groups()[0];
         assert_eq!((g.min(), g.max(), g.total()), (-4.0, 3.5, 5));
         // A batch that lies beyond altogether is counted at the limit.
-        s.update(Values::F32(&[50.0, 60.0]), &per_tensor(2)).unwrap();
+        s.update(Values::F32(&[50.0, 60.0]), &per_tensor(2))
+            .unwrap();
         let g = &s.groups()[0];
         assert_eq!((g.min(), g.max(), g.total()), (-4.0, 4.0, 7));
     }
@@ -907,12 +1022,21 @@ mod tests {
     #[test]
     fn a_tensor_shared_between_threads_counts_the_same() {
         let n = 5 * PIECE + 17;
-        let x: Vec<f32> = (0..n).map(|i| ((i * 7919) % 10007) as f32 * 0.37 - 900.0).collect();
+        let x: Vec<f32> = (0..n)
+            .map(|i| ((i * 7919) % 10007) as f32 * 0.37 - 900.0)
+            .collect();
         let whole = of(&x, 100);
         let counter = BlockGeometry::new(&[n as i64], &[1], &[], None).unwrap();
         let walk = GroupWalk::new(&counter);
-        let counter = Counter { walk: &walk, values: Values::F32(&x), bins: 100, growth: None };
-        let alone = counter.count(0..1, &|_| None, &mut Workspace::default()).unwrap();
+        let counter = Counter {
+            walk: &walk,
+            values: Values::F32(&x),
+            bins: 100,
+            growth: None,
+        };
+        let alone = counter
+            .count(0..1, &|_| None, &mut Workspace::default())
+            .unwrap();
         assert_eq!(whole.groups(), alone);
         assert_eq!(alone[0].total(), n as u64);
     }

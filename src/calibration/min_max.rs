@@ -29,15 +29,21 @@ impl MinMax {
             .map_init(Scratch::default, |scratch, tile| {
                 let first = tile.start;
                 let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); tile.len()];
-                walk.for_each_slice(values, tile, 0..walk.per_group(), scratch, |group, slice| {
-                    let seen = if slice.iter().any(|x| x.is_nan()) {
-                        (f32::NAN, f32::NAN)
-                    } else {
-                        simd::range(slice)
-                    };
-                    let range = &mut ranges[group - first];
-                    *range = (smaller(range.0, seen.0), larger(range.1, seen.1));
-                });
+                walk.for_each_slice(
+                    values,
+                    tile,
+                    0..walk.per_group(),
+                    scratch,
+                    |group, slice| {
+                        let seen = if slice.iter().any(|x| x.is_nan()) {
+                            (f32::NAN, f32::NAN)
+                        } else {
+                            simd::range(slice)
+                        };
+                        let range = &mut ranges[group - first];
+                        *range = (smaller(range.0, seen.0), larger(range.1, seen.1));
+                    },
+                );
                 ranges
             })
             .collect();
@@ -125,7 +131,11 @@ fn fit(low: f32, high: f32, num_steps: f64, symmetric: bool, extra: f64) -> (f32
     // Compare and select: NaN stays.
     let mut low = if low > 0.0 { 0.0 } else { low };
     let mut high = if high < 0.0 { 0.0 } else { high };
-    let widening = if (high - low) / steps < smallest { smallest } else { 0.0 };
+    let widening = if (high - low) / steps < smallest {
+        smallest
+    } else {
+        0.0
+    };
     if !symmetric {
         return (low, high + steps * widening);
     }
@@ -169,9 +179,16 @@ pub fn fit_range_min_max(
     symmetric: bool,
 ) -> Result<(f32, f32)> {
     check_num_steps(num_steps)?;
-    let extra = if symmetric && num_steps == 3.0 { 1.0 } else { 0.0 };
+    let extra = if symmetric && num_steps == 3.0 {
+        1.0
+    } else {
+        0.0
+    };
     let (low, high) = fit(low, high, num_steps, symmetric, extra);
-    Ok((low.clamp(f32::MIN, f32::MAX), high.clamp(f32::MIN, f32::MAX)))
+    Ok((
+        low.clamp(f32::MIN, f32::MAX),
+        high.clamp(f32::MIN, f32::MAX),
+    ))
 }
 
 #[cfg(test)]
@@ -182,11 +199,20 @@ mod tests {
     #[test]
     fn degenerate_ranges() {
         let eps = f32::EPSILON;
-        assert_eq!(fit_range(0.0, 0.0, 255.0, false).unwrap(), (0.0, 255.0 * eps));
-        assert_eq!(fit_range(0.0, 0.0, 255.0, true).unwrap(), (-128.0 * eps, 127.0 * eps));
+        assert_eq!(
+            fit_range(0.0, 0.0, 255.0, false).unwrap(),
+            (0.0, 255.0 * eps)
+        );
+        assert_eq!(
+            fit_range(0.0, 0.0, 255.0, true).unwrap(),
+            (-128.0 * eps, 127.0 * eps)
+        );
         assert_eq!(fit_range(1.0, 3.0, 255.0, false).unwrap(), (0.0, 3.0));
         assert_eq!(fit_range(-3.0, -1.0, 255.0, false).unwrap(), (-3.0, 0.0));
-        assert!(fit_range(f32::NAN, f32::NAN, 255.0, false).unwrap().0.is_nan());
+        assert!(fit_range(f32::NAN, f32::NAN, 255.0, false)
+            .unwrap()
+            .0
+            .is_nan());
         let (low, high) = fit_range_min_max(f32::NEG_INFINITY, 1.0, 255.0, true).unwrap();
         assert_eq!((low, high), (f32::MIN, f32::MAX));
         assert!(fit_range(0.0, 1.0, 0.0, false).is_err());
@@ -197,14 +223,18 @@ mod tests {
 
     #[test]
     fn two_bit_symmetric_clips_the_positive_side() {
-        assert_eq!(fit_range_min_max(-1.0, 1.0, 3.0, true).unwrap(), (-1.0, 0.5));
+        assert_eq!(
+            fit_range_min_max(-1.0, 1.0, 3.0, true).unwrap(),
+            (-1.0, 0.5)
+        );
         assert_eq!(fit_range(-1.0, 1.0, 3.0, true).unwrap(), (-2.0, 1.0));
     }
 
     #[test]
     fn nan_wins_and_merging_is_a_union() {
         let geometry = BlockGeometry::new(&[2, 3], &[3, 1], &[2, 1], None).unwrap();
-        let mut a = MinMax::collect(Values::F32(&[1.0, 2.0, 3.0, 0.0, f32::NAN, 5.0]), &geometry).unwrap();
+        let mut a =
+            MinMax::collect(Values::F32(&[1.0, 2.0, 3.0, 0.0, f32::NAN, 5.0]), &geometry).unwrap();
         assert_eq!((a.min()[0], a.max()[0]), (1.0, 3.0));
         assert!(a.min()[1].is_nan() && a.max()[1].is_nan());
         let b = MinMax::collect(Values::F32(&[-1.0, 2.0, 2.0, 0.0, 1.0, 9.0]), &geometry).unwrap();

@@ -5,9 +5,9 @@
 //! never worse, on the histogram, than that of the SQNR search with `gamma = 1`.
 
 use super::histogram::HistogramStatistics;
+use super::minimum_scale;
 use super::simd::Candidate;
 use super::sqnr::{for_each_group, SqnrSearch};
-use super::minimum_scale;
 use crate::error::{Error, Result};
 
 /// Settings of the search.
@@ -19,7 +19,10 @@ pub struct MseSearch {
 
 impl Default for MseSearch {
     fn default() -> Self {
-        Self { coarse: SqnrSearch::default().with_gamma(1.0), rounds: 3 }
+        Self {
+            coarse: SqnrSearch::default().with_gamma(1.0),
+            rounds: 3,
+        }
     }
 }
 
@@ -33,7 +36,10 @@ impl MseSearch {
         if rounds > 8 {
             return Err(Error::value("refinement_rounds", "0 to 8", rounds));
         }
-        Ok(Self { rounds, ..Self::default() })
+        Ok(Self {
+            rounds,
+            ..Self::default()
+        })
     }
 
     /// The range of the best grid with `num_steps` steps for each group.
@@ -60,7 +66,10 @@ impl MseSearch {
                 for i in -3_i8..=3 {
                     let delta = (centre.delta * (1.0 + distance * f32::from(i))).max(smallest);
                     if symmetric {
-                        candidates.push(Candidate { delta, offset: centre.offset });
+                        candidates.push(Candidate {
+                            delta,
+                            offset: centre.offset,
+                        });
                         continue;
                     }
                     for shift in -2_i8..=2 {
@@ -88,7 +97,9 @@ mod tests {
         let offset = (f64::from(min) / delta).round();
         x.iter()
             .map(|&v| {
-                let q = (f64::from(v) / delta - offset).round_ties_even().clamp(0.0, steps);
+                let q = (f64::from(v) / delta - offset)
+                    .round_ties_even()
+                    .clamp(0.0, steps);
                 ((q + offset) * delta - f64::from(v)).powi(2)
             })
             .sum()

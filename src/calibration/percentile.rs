@@ -13,7 +13,11 @@ impl Percentile {
     /// [`Error::Value`] for a percentile outside 50..=100.
     pub fn new(percentile: f64) -> Result<Self> {
         if !(50.0..=100.0).contains(&percentile) {
-            return Err(Error::value("percentile", "a number within 50..=100", percentile));
+            return Err(Error::value(
+                "percentile",
+                "a number within 50..=100",
+                percentile,
+            ));
         }
         Ok(Self(percentile))
     }
@@ -45,7 +49,9 @@ impl Percentile {
         };
         let edge = |share: f64| match group.bins() {
             Bins::Equal { .. } => group.edge(reach(share), bins),
-            Bins::Lattice { .. } => group.edge(reach(share), bins).clamp(group.min(), group.max()),
+            Bins::Lattice { .. } => group
+                .edge(reach(share), bins)
+                .clamp(group.min(), group.max()),
         };
         (edge(lower), edge(upper))
     }
@@ -91,7 +97,12 @@ mod tests {
         // 0, 1, .. 100 on 100 bins of width 1: bin i holds i, the last one 99 and 100.
         let x: Vec<f32> = (-50..=50).map(|i| i as f32).collect();
         let s = statistics(&[&x], 100);
-        let at = |p: f64| Percentile::new(p).unwrap().encodings(&s, 255.0, false).unwrap()[0];
+        let at = |p: f64| {
+            Percentile::new(p)
+                .unwrap()
+                .encodings(&s, 255.0, false)
+                .unwrap()[0]
+        };
         assert_eq!(at(100.0), (-50.0, 50.0));
         // 101 * 0.9 = 90.9: the 91st value, -50 + 90; 101 * 0.1 = 10.1: the 11th, -50 + 10.
         assert_eq!(at(90.0), (-40.0, 40.0));
@@ -99,18 +110,28 @@ mod tests {
             assert!(Percentile::new(bad).is_err());
         }
         let empty = HistogramStatistics::new(4, None).unwrap();
-        assert!(Percentile::new(99.0).unwrap().encodings(&empty, 255.0, false).is_err());
+        assert!(Percentile::new(99.0)
+            .unwrap()
+            .encodings(&empty, 255.0, false)
+            .is_err());
     }
 
     #[test]
     fn several_batches_stay_within_a_bin() {
-        let x: Vec<f32> = (0..10_000).map(|i| (i as f32 * 0.377).sin() * 3.0).collect();
-        let y: Vec<f32> = (0..10_000).map(|i| (i as f32 * 0.173).cos() * 5.0 + 1.0).collect();
+        let x: Vec<f32> = (0..10_000)
+            .map(|i| (i as f32 * 0.377).sin() * 3.0)
+            .collect();
+        let y: Vec<f32> = (0..10_000)
+            .map(|i| (i as f32 * 0.173).cos() * 5.0 + 1.0)
+            .collect();
         let s = statistics(&[&x, &y], 512);
         let mut all = [x, y].concat();
         all.sort_by(f32::total_cmp);
         for p in [60.0, 90.0, 99.0, 99.9] {
-            let (low, high) = Percentile::new(p).unwrap().encodings(&s, 255.0, false).unwrap()[0];
+            let (low, high) = Percentile::new(p)
+                .unwrap()
+                .encodings(&s, 255.0, false)
+                .unwrap()[0];
             let exact = |share: f64| all[((all.len() as f64 * share) as usize).min(all.len() - 1)];
             let width = 2.0 * 10.0 / 512.0;
             assert!((high - exact(p / 100.0)).abs() <= width, "{p}: {high}");

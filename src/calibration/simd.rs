@@ -40,7 +40,11 @@ fn range_body(x: &[f32]) -> (f32, f32) {
     for block in blocks {
         for j in 0..LANES {
             low[j] = if block[j] < low[j] { block[j] } else { low[j] };
-            high[j] = if block[j] > high[j] { block[j] } else { high[j] };
+            high[j] = if block[j] > high[j] {
+                block[j]
+            } else {
+                high[j]
+            };
         }
     }
     for &v in rest {
@@ -48,8 +52,10 @@ fn range_body(x: &[f32]) -> (f32, f32) {
         high[0] = if v > high[0] { v } else { high[0] };
     }
     (
-        low.into_iter().fold(f32::INFINITY, |a, b| if b < a { b } else { a }),
-        high.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a }),
+        low.into_iter()
+            .fold(f32::INFINITY, |a, b| if b < a { b } else { a }),
+        high.into_iter()
+            .fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a }),
     )
 }
 
@@ -108,7 +114,11 @@ fn noise_body(
     let mut total = 0.0_f64;
     for (mids, counts) in mids.chunks(PORTION).zip(counts.chunks(PORTION)) {
         let mut sums = [0.0_f32; LANES];
-        let blocks = mids.as_chunks::<LANES>().0.iter().zip(counts.as_chunks::<LANES>().0);
+        let blocks = mids
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .zip(counts.as_chunks::<LANES>().0);
         for (mid, count) in blocks {
             for j in 0..LANES {
                 let q = (mid[j] / delta - offset).round_ties_even();
@@ -204,7 +214,16 @@ mod tests {
 
     #[test]
     fn special_values_have_their_bins() {
-        let x = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN, 0.0, 1.0, -1.0, 2.0, -0.0];
+        let x = [
+            f32::NEG_INFINITY,
+            f32::INFINITY,
+            f32::NAN,
+            0.0,
+            1.0,
+            -1.0,
+            2.0,
+            -0.0,
+        ];
         let mut bins = [9; 8];
         bin_indices(&x, 0.0, 1.0, 4, &mut bins);
         assert_eq!(bins, [0, 3, 4, 0, 3, 0, 3, 0]);
@@ -218,7 +237,10 @@ mod tests {
         let mut counts = vec![2.0, 1.0, 3.0, 7.0];
         pad(&mut mids);
         pad(&mut counts);
-        let candidate = Candidate { delta: 1.0, offset: 0.0 };
+        let candidate = Candidate {
+            delta: 1.0,
+            offset: 0.0,
+        };
         let total = noise(&mids, &counts, candidate, 2.0, 3.0, f64::MAX);
         assert_eq!(total, 2.0 * 0.0625 + 3.0 * 1.0 + 3.0 * 3.0);
     }

@@ -24,7 +24,12 @@ pub struct SqnrSearch {
 
 impl Default for SqnrSearch {
     fn default() -> Self {
-        Self { asymmetric_deltas: 17, symmetric_deltas: 101, offsets: 21, gamma: 3.0 }
+        Self {
+            asymmetric_deltas: 17,
+            symmetric_deltas: 101,
+            offsets: 21,
+            gamma: 3.0,
+        }
     }
 }
 
@@ -56,7 +61,12 @@ impl SqnrSearch {
         if !(gamma >= 0.0 && gamma.is_finite()) {
             return Err(Error::value("gamma", "a finite number, at least 0", gamma));
         }
-        Ok(Self { asymmetric_deltas, symmetric_deltas, offsets, gamma: gamma as f32 })
+        Ok(Self {
+            asymmetric_deltas,
+            symmetric_deltas,
+            offsets,
+            gamma: gamma as f32,
+        })
     }
 
     pub(super) fn with_gamma(self, gamma: f32) -> Self {
@@ -89,7 +99,10 @@ impl SqnrSearch {
         let steps = num_steps as f32;
         let smallest = minimum_scale(num_steps);
         let min = group.min().min(0.0);
-        let max = group.max().max(0.0).max(min + (smallest * num_steps) as f32);
+        let max = group
+            .max()
+            .max(0.0)
+            .max(min + (smallest * num_steps) as f32);
         let smallest = smallest as f32;
         if symmetric {
             let widest = 2.0 * max.max(-min) / steps;
@@ -130,7 +143,9 @@ fn spaced_offsets(num_steps: f64, count: usize) -> Vec<f32> {
     let step = num_steps / (count - 2.0);
     // The half-open interval from -num_steps to step, so that 0 is the last.
     let length = ((step + num_steps) / step).ceil() as usize;
-    (0..length).map(|i| ((step * i as f64 - num_steps) as f32).round_ties_even()).collect()
+    (0..length)
+        .map(|i| ((step * i as f64 - num_steps) as f32).round_ties_even())
+        .collect()
 }
 
 /// Runs `choose` for every group, in parallel, and turns the chosen grids into ranges. For
@@ -247,8 +262,7 @@ impl Search {
                 continue;
             }
             previous = Some(candidate);
-            let noise =
-                simd::noise(&self.mids, &self.counts, candidate, steps, gamma, least);
+            let noise = simd::noise(&self.mids, &self.counts, candidate, steps, gamma, least);
             if noise < least || (noise == least && i < rank) {
                 (best, least, rank) = (candidate, noise, i);
             }
@@ -329,7 +343,9 @@ mod tests {
         let s = statistics(&[1.0, 2.0], 4);
         assert!(SqnrSearch::default().encodings(&s, 0.0, true).is_err());
         let empty = HistogramStatistics::new(4, None).unwrap();
-        assert!(SqnrSearch::default().encodings(&empty, 255.0, true).is_err());
+        assert!(SqnrSearch::default()
+            .encodings(&empty, 255.0, true)
+            .is_err());
     }
 
     #[test]
@@ -345,9 +361,13 @@ mod tests {
         for value in [0.0, 1e-30, 5.0, -5.0, 1e9, f32::MAX] {
             for symmetric in [false, true] {
                 let s = statistics(&[value; 5], 16);
-                let (min, max) =
-                    SqnrSearch::default().encodings(&s, 255.0, symmetric).unwrap()[0];
-                assert!(min <= 0.0 && max >= 0.0 && max > min, "{value}: {min} {max}");
+                let (min, max) = SqnrSearch::default()
+                    .encodings(&s, 255.0, symmetric)
+                    .unwrap()[0];
+                assert!(
+                    min <= 0.0 && max >= 0.0 && max > min,
+                    "{value}: {min} {max}"
+                );
                 assert!(min.is_finite() && max.is_finite());
             }
         }

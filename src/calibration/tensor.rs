@@ -20,7 +20,10 @@ pub fn with_values<R>(
     body: impl FnOnce(Values<'_>, &BlockGeometry) -> Result<R>,
 ) -> Result<R> {
     let kind = tensor.kind();
-    if !matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
+    if !matches!(
+        kind,
+        Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16
+    ) {
         return Err(Error::type_(
             "input",
             "a float16, bfloat16, float32 or float64 tensor",
@@ -60,8 +63,12 @@ pub fn with_values<R>(
 
 /// Whether the elements fill a stretch of memory without gaps or overlap, in any order of dimensions.
 fn is_dense(sizes: &[i64], strides: &[i64]) -> bool {
-    let mut dims: Vec<(i64, i64)> =
-        strides.iter().copied().zip(sizes.iter().copied()).filter(|d| d.1 != 1).collect();
+    let mut dims: Vec<(i64, i64)> = strides
+        .iter()
+        .copied()
+        .zip(sizes.iter().copied())
+        .filter(|d| d.1 != 1)
+        .collect();
     dims.sort_unstable();
     let mut expected = 1;
     for (stride, size) in dims {

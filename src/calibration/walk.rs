@@ -57,7 +57,14 @@ impl GroupWalk {
             _ => 1,
         };
         let groups = geometry.num_groups();
-        Self { across, inside, run, groups, per_group: geometry.numel() / groups.max(1), adjacent }
+        Self {
+            across,
+            inside,
+            run,
+            groups,
+            per_group: geometry.numel() / groups.max(1),
+            adjacent,
+        }
     }
 
     pub(super) fn groups(&self) -> usize {

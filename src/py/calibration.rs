@@ -23,7 +23,9 @@ impl PyHistogramStatistics {
     #[new]
     #[pyo3(signature = (num_bins, growth_limit=None))]
     fn new(num_bins: usize, growth_limit: Option<f64>) -> PyResult<Self> {
-        HistogramStatistics::new(num_bins, growth_limit).map(Self).map_err(to_py)
+        HistogramStatistics::new(num_bins, growth_limit)
+            .map(Self)
+            .map_err(to_py)
     }
 
     /// Number of encodings; 0 before any data.
@@ -82,28 +84,34 @@ impl PyHistogramStatistics {
     fn from_counts(&self, min: PyTensor, max: PyTensor, counts: PyTensor) -> PyResult<Self> {
         let build = || {
             let ranges = pairs(&min.0, &max.0)?;
-            self.0.from_counts(&ranges, &to_vec::<i64>(&counts.0, Kind::Int64)?)
+            self.0
+                .from_counts(&ranges, &to_vec::<i64>(&counts.0, Kind::Int64)?)
         };
         build().map(Self).map_err(to_py)
     }
 
     /// Counts, edges (one more), min and max of one encoding.
     fn group(&self, index: usize) -> PyResult<(PyTensor, PyTensor, f32, f32)> {
-        let group =
-            self.0.groups().get(index).ok_or_else(|| PyIndexError::new_err("no such encoding"))?;
+        let group = self
+            .0
+            .groups()
+            .get(index)
+            .ok_or_else(|| PyIndexError::new_err("no such encoding"))?;
         let (indices, counts) = group.counts();
         let (first, number) = match group.bins() {
             Bins::Equal { .. } => (0, self.0.bins() as usize),
-            Bins::Lattice { .. } => {
-                (indices[0], (indices[indices.len() - 1] - indices[0]) as usize + 1)
-            }
+            Bins::Lattice { .. } => (
+                indices[0],
+                (indices[indices.len() - 1] - indices[0]) as usize + 1,
+            ),
         };
         let mut dense = vec![0.0_f32; number];
         for (&i, &n) in indices.iter().zip(counts) {
             dense[(i - first) as usize] = n as f32;
         }
-        let edges: Vec<f32> =
-            (first..=first + number as i32).map(|i| group.edge(i, self.0.bins())).collect();
+        let edges: Vec<f32> = (first..=first + number as i32)
+            .map(|i| group.edge(i, self.0.bins()))
+            .collect();
         let wrap = |v: &[f32]| Ok::<_, PyErr>(PyTensor(tensor(v).map_err(to_py)?));
         Ok((wrap(&dense)?, wrap(&edges)?, group.min(), group.max()))
     }
@@ -212,7 +220,11 @@ where
     Vec<T>: TryFrom<Tensor, Error = tch::TchError>,
 {
     if tensor.kind() != kind {
-        return Err(Error::type_("parts", format!("a {kind:?} tensor"), format!("{:?}", tensor.kind())));
+        return Err(Error::type_(
+            "parts",
+            format!("a {kind:?} tensor"),
+            format!("{:?}", tensor.kind()),
+        ));
     }
     Ok(Vec::try_from(tensor.f_flatten(0, -1)?)?)
 }
@@ -220,7 +232,11 @@ where
 fn pairs(min: &Tensor, max: &Tensor) -> Result<Vec<(f32, f32)>> {
     let (min, max) = (to_vec(min, Kind::Float)?, to_vec(max, Kind::Float)?);
     if min.len() != max.len() {
-        return Err(Error::value("max", format!("{} values, as in min", min.len()), max.len()));
+        return Err(Error::value(
+            "max",
+            format!("{} values, as in min", min.len()),
+            max.len(),
+        ));
     }
     Ok(min.into_iter().zip(max).collect())
 }

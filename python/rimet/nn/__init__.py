@@ -1,4 +1,6 @@
-"""Quantized modules: twins of the modules of ``torch.nn`` with quantizers for inputs, parameters and outputs."""
+"""Quantized modules: twins of the modules of ``torch.nn`` with quantizers for inputs, parameters
+and outputs.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +43,18 @@ __all__ = [
     "compute_param_encodings",
     "custom",
     "reuse_quantized_params",
-    *_torch_modules,
 ]
+__all__.extend(_torch_modules)
 
 
 @contextlib.contextmanager
 def compute_encodings(model: nn.Module) -> Iterator[None]:
-    """Within this context, all quantizers of ``model`` observe; on leaving it, they set their ranges.
+    """Within this context, all quantizers of ``model`` observe; on leaving it, they set their
+    ranges.
 
-    Parameter quantizers are calibrated on entry from their parameters and quantize from then on. Values pass input and output quantizers
-    of quantized modules unquantized. Quantizers that stand in the model by themselves take part.
+    Parameter quantizers are calibrated on entry from their parameters and quantize from then on.
+    Values pass input and output quantizers of quantized modules unquantized. Quantizers that stand
+    in the model by themselves take part.
 
     :param model: model with quantized modules or quantizers
 
@@ -77,7 +81,9 @@ def compute_encodings(model: nn.Module) -> Iterator[None]:
 
 
 def compute_param_encodings(model: nn.Module) -> None:
-    """Set the range of every parameter quantizer of ``model`` from its parameter, unless ``allow_overwrite`` forbids it."""
+    """Set the range of every parameter quantizer of ``model`` from its parameter, unless
+    ``allow_overwrite`` forbids it.
+    """
     for module in model.modules():
         if isinstance(module, BaseQuantizationMixin):
             module.compute_param_encodings()

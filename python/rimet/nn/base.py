@@ -1,4 +1,6 @@
-"""What every quantized module has: quantizer slots, their calibration, their encodings, the way back."""
+"""What every quantized module has: quantizer slots, their calibration, their encodings, the way
+back.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from rimet.nn.slots import (
     QuantizerRemoval,
     flatten,
     plain,
+    values_of_bins,
     wrong_slot,
 )
+from rimet.quantization.affine import Quantize
 
 __all__ = ["BaseQuantizationMixin", "UnknownModuleError"]
 
@@ -37,9 +41,7 @@ class UnknownModuleError(RuntimeError):
 
     api_reference_url: ClassVar[str] = "docs/adding.md"
 
-    def __init__(
-        self, module_cls: type[nn.Module], mixin_cls: type[BaseQuantizationMixin]
-    ) -> None:
+    def __init__(self, module_cls: type[nn.Module], mixin_cls: type[BaseQuantizationMixin]) -> None:
         self.module_cls = module_cls
         self.mixin_cls = mixin_cls
         super().__init__(self.generate_err_msg())
@@ -72,11 +74,11 @@ class UnknownModuleError(RuntimeError):
             for p in parameters
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
         ]
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-        bare = [
-            p.replace(annotation=inspect.Parameter.empty).__str__()
-            for p in parameters
-        ]
+        stars: dict[Any, str] = {
+            inspect.Parameter.VAR_POSITIONAL: "*",
+            inspect.Parameter.VAR_KEYWORD: "**",
+        }
+        bare = [p.replace(annotation=inspect.Parameter.empty).__str__() for p in parameters]
         keyword_only = [i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY]
         if keyword_only and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
             bare.insert(keyword_only[0], "*")
@@ -112,7 +114,8 @@ class UnknownModuleError(RuntimeError):
 class BaseQuantizationMixin(abc.ABC):
     """Adds quantizers for inputs, outputs and parameters to an ``nn.Module`` class.
 
-    To be inherited from before the module class. All slots are ``None`` at first: without quantizers a quantized module
+    To be inherited from before the module class. All slots are ``None`` at first: without
+    quantizers a quantized module
     computes what the original one does.
     """
 
@@ -141,9 +144,11 @@ class BaseQuantizationMixin(abc.ABC):
         self.__quant_init__()
 
     def __quant_init__(self) -> None:
-        """Make the slots: one input, one output, each parameter. Called after ``__init__`` and by :meth:`from_module`.
+        """Make the slots: one input, one output, each parameter. Called after ``__init__`` and by
+        :meth:`from_module`.
 
-        Override it, calling ``super().__quant_init__()`` first, where a module takes or returns another number of tensors.
+        Override it, calling ``super().__quant_init__()`` first, where a module takes or returns
+        another number of tensors.
         """
         self.param_quantizers = nn.ModuleDict(
             {name: None for name, _ in self.named_parameters(recurse=False)}  # type: ignore[misc]
@@ -156,10 +161,12 @@ class BaseQuantizationMixin(abc.ABC):
         """Forward of the module with quantized inputs, parameters and outputs."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    # -- parameters ----------------------------------------------------------------------------------------------------
+    # -- parameters --------------------------------------------------------------------------------
 
     def _quantized_parameter(self, name: str, quantizer: Any, param: Tensor) -> Tensor:
-        """A parameter as its quantizer leaves it, or out of an open :func:`rimet.reuse_quantized_params` block."""
+        """A parameter as its quantizer leaves it, or out of an open
+        :func:`rimet.reuse_quantized_params` block.
+        """
         if reuse._any_open and (cached := reuse.lookup(self, name)) is not None:
             return cached
         # Calibration of a weight needs no data but its own: done when first needed.
@@ -172,6 +179,8 @@ class BaseQuantizationMixin(abc.ABC):
         quantized: Tensor = quantizer._forward_tensor(
             param if type(param) is nn.Parameter else plain(param)
         )
+        if isinstance(quantizer, Quantize):
+            quantized = values_of_bins(quantizer, quantized)
         if reuse._any_open:
             reuse.store(self, name, quantized)
         return quantized
@@ -223,7 +232,9 @@ class BaseQuantizationMixin(abc.ABC):
             quantizer._forward_tensor(plain(param.detach()))
 
     def compute_param_encodings(self) -> None:
-        """Set the range of every parameter quantizer from its parameter, unless ``allow_overwrite`` forbids it."""
+        """Set the range of every parameter quantizer from its parameter, unless ``allow_overwrite``
+        forbids it.
+        """
         reuse.forget(self)
         for name, quantizer in self._modules["param_quantizers"]._modules.items():
             param = getattr(self, name, None)
@@ -235,9 +246,11 @@ class BaseQuantizationMixin(abc.ABC):
 
     @contextlib.contextmanager
     def compute_encodings(self) -> Iterator[None]:
-        """Within this context, input and output quantizers observe; on leaving it, they set their ranges.
+        """Within this context, input and output quantizers observe; on leaving it, they set their
+        ranges.
 
-        Parameter quantizers are calibrated on entry and quantize from then on. Values pass the others unquantized.
+        Parameter quantizers are calibrated on entry and quantize from then on. Values pass the
+        others unquantized.
         """
         self.compute_param_encodings()
         with contextlib.ExitStack() as stack:
@@ -260,7 +273,8 @@ class BaseQuantizationMixin(abc.ABC):
     def fold_param_quantizers(self) -> None:
         """Replace each parameter by its quantized values, and take its quantizer away.
 
-        The new parameter is a :class:`rimet.quantization.DequantizedTensor`: it keeps the encoding for export.
+        The new parameter is a :class:`rimet.quantization.DequantizedTensor`: it keeps the encoding
+        for export.
         Quantizers that are not calibrated stay.
         """
         reuse.forget(self)
@@ -274,7 +288,7 @@ class BaseQuantizationMixin(abc.ABC):
             setattr(self, name, nn.Parameter(dequantized, requires_grad=param.requires_grad))
             slots[name] = None
 
-    # -- classes -------------------------------------------------------------------------------------------------------
+    # -- classes -----------------------------------------------------------------------------------
 
     @classmethod
     @abc.abstractmethod
@@ -301,7 +315,8 @@ class BaseQuantizationMixin(abc.ABC):
 
     @classmethod
     def ignore(cls, module_cls: type[nn.Module]) -> type[nn.Module]:
-        """Leave modules of this class in floating point. Returns the class, so that it can be used as a decorator.
+        """Leave modules of this class in floating point. Returns the class, so that it can be used
+        as a decorator.
 
         :raises TypeError: ``module_cls`` is no ``nn.Module`` class
         """
@@ -317,12 +332,14 @@ class BaseQuantizationMixin(abc.ABC):
 
     @classmethod
     def ignore_unknown_modules(cls, ignore: bool = True) -> None:
-        """Leave modules without a twin in floating point instead of raising :class:`UnknownModuleError`."""
+        """Leave modules without a twin in floating point instead of raising
+        :class:`UnknownModuleError`."""
         cls._ignore_unknown_modules = ignore
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Any:
-        """The quantized twin of a module. It shares parameters, buffers, submodules, attributes and hooks with it.
+        """The quantized twin of a module. It shares parameters, buffers, submodules, attributes and
+        hooks with it.
 
         :param module: module whose class has a twin
         :return: the twin; ``module`` itself if its class is ignored
@@ -335,12 +352,12 @@ class BaseQuantizationMixin(abc.ABC):
             raise UnknownModuleError(type(module), cls)
         if "forward" in module.__dict__:
             warnings.warn(
-                f"{type(module).__name__} has a `forward` set on the instance. It goes before that of "
-                f"{quantized_cls.__name__}: nothing of this module will be quantized.",
+                f"{type(module).__name__} has a `forward` set on the instance. It goes before "
+                f"that of {quantized_cls.__name__}: nothing of this module will be quantized.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        twin = quantized_cls.__new__(quantized_cls)
+        twin: Any = object.__new__(quantized_cls)
         twin.__dict__.update(module.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             twin.__dict__[registry] = module.__dict__[registry].copy()
@@ -348,7 +365,9 @@ class BaseQuantizationMixin(abc.ABC):
         return twin
 
     def get_original_module(self) -> nn.Module:
-        """The module without quantizers, sharing parameters, buffers, submodules, attributes and hooks with this one."""
+        """The module without quantizers, sharing parameters, buffers, submodules, attributes and
+        hooks with this one.
+        """
         module_cls = self.qcls_to_cls[type(self)]
         module = module_cls.__new__(module_cls)
         module.__dict__.update(self.__dict__)
@@ -356,11 +375,14 @@ class BaseQuantizationMixin(abc.ABC):
             module.__dict__[registry] = self.__dict__[registry].copy()
         for container in _SLOT_CONTAINERS:
             module._modules.pop(container, None)
+        module.__dict__.pop("_instance_kernel", None)
         return module
 
-    # -- removal -------------------------------------------------------------------------------------------------------
+    # -- removal -----------------------------------------------------------------------------------
 
-    def _remove_input_quantizers(self, indices: int | Iterable[int] | None = None) -> QuantizerRemoval:
+    def _remove_input_quantizers(
+        self, indices: int | Iterable[int] | None = None
+    ) -> QuantizerRemoval:
         """Take input quantizers away; used in a ``with`` statement, until the block ends.
 
         :param indices: which; all by default
@@ -378,7 +400,9 @@ class BaseQuantizationMixin(abc.ABC):
         return _remove(self.param_quantizers, [keys] if isinstance(keys, str) else keys)
 
     def _remove_activation_quantizers(self) -> contextlib.ExitStack:
-        """Take input and output quantizers away; used in a ``with`` statement, until the block ends."""
+        """Take input and output quantizers away; used in a ``with`` statement, until the block
+        ends.
+        """
         stack = contextlib.ExitStack()
         stack.enter_context(self._remove_input_quantizers())
         stack.enter_context(self._remove_output_quantizers())
@@ -390,10 +414,11 @@ class BaseQuantizationMixin(abc.ABC):
         stack.enter_context(self._remove_param_quantizers())
         return stack
 
-    # -- encodings -----------------------------------------------------------------------------------------------------
+    # -- encodings ---------------------------------------------------------------------------------
 
     def export_input_encodings(self, encoding_version: str) -> list[list[dict[str, Any]] | None]:
-        """One entry per input quantizer, in the form of an encodings file; ``None`` without range or quantizer.
+        """One entry per input quantizer, in the form of an encodings file; ``None`` without range
+        or quantizer.
 
         :param encoding_version: ``"0.6.1"``, ``"1.0.0"``, ``"2.0.0"`` or ``"2.1.0"``
         """
@@ -429,8 +454,10 @@ class BaseQuantizationMixin(abc.ABC):
     ) -> None:
         """Load ranges of input quantizers.
 
-        :param encodings: index (as a string) -> encoding dictionary, or list of them, as in a file of version 0.6.1
-        :param strict: refuse an encoding for a slot without quantizer; otherwise such an encoding is left out
+        :param encodings: index (as a string) -> encoding dictionary, or list of them, as in a file
+            of version 0.6.1
+        :param strict: refuse an encoding for a slot without quantizer; otherwise such an encoding
+            is left out
         :param partial: keep quantizers that ``encodings`` does not name; otherwise they are removed
         :param requires_grad: set on the quantizers that were loaded, unless ``None``
         :param allow_overwrite: whether calibration may change the loaded ranges later
@@ -449,7 +476,9 @@ class BaseQuantizationMixin(abc.ABC):
         allow_overwrite: bool,
     ) -> None:
         """Like :meth:`import_input_encodings`, for outputs."""
-        self._import("output_quantizers", encodings, strict, partial, requires_grad, allow_overwrite)
+        self._import(
+            "output_quantizers", encodings, strict, partial, requires_grad, allow_overwrite
+        )
 
     def import_param_encodings(
         self,
@@ -498,7 +527,9 @@ class BaseQuantizationMixin(abc.ABC):
 def _exported(quantizer: Any, encoding_version: str) -> list[dict[str, Any]] | None:
     if quantizer is None or not quantizer.is_initialized():
         return None
-    encoding: list[dict[str, Any]] = quantizer.get_encodings().to_qnn_encoding_dict(encoding_version)
+    encoding: list[dict[str, Any]] = quantizer.get_encodings().to_qnn_encoding_dict(
+        encoding_version
+    )
     return encoding
 
 

@@ -6,7 +6,6 @@ import inspect
 from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ __all__ = ["QuantizationMixin", "QuantizationMixinMeta"]
 
 Kernel = Callable[..., Any]
 
-# Kernels of single modules: not an attribute of the module, so that copies and pickles do not carry a function along.
-_instance_kernels: WeakKeyDictionary[Any, Kernel] = WeakKeyDictionary()
 # Whether any kernel was ever set: all that a forward pass reads in a process without kernels.
 _any_kernel = False
 
@@ -29,36 +26,48 @@ _any_kernel = False
 class QuantizationMixinMeta(ABCMeta):
     """Gives a quantized class that defines no ``forward`` the one that suits its module class.
 
-    A class without ``forward`` of its own, and with a single module class behind the mixin, gets a forward pass in which the
-    n-th positional argument passes the n-th input quantizer and the n-th result the n-th output quantizer.
+    A class without ``forward`` of its own, and with a single module class behind the mixin, gets a
+    forward pass in which the
+    n-th positional argument passes the n-th input quantizer and the n-th result the n-th output
+    quantizer.
     """
 
     def __new__(
         mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any
     ) -> QuantizationMixinMeta:
         cls = super().__new__(mcs, name, bases, namespace, **kwargs)
-        # `forward` that resolves to the abstract one although a module class stands behind: the mixin comes first in the
+        # `forward` that resolves to the abstract one although a module class stands behind: the
+        # mixin comes first in the
         # method resolution order, and would hide the module's own.
         if (
             issubclass(cls, nn.Module)
             and "forward" not in namespace
             and getattr(cls.forward, "__isabstractmethod__", False)
         ):
-            base = next(b for b in cls.__mro__ if issubclass(b, nn.Module) and b is not cls and not issubclass(b, BaseQuantizationMixin))
+            base = next(
+                b
+                for b in cls.__mro__
+                if issubclass(b, nn.Module)
+                and b is not cls
+                and not issubclass(b, BaseQuantizationMixin)
+            )
             cls.forward = build_forward(base)  # type: ignore[attr-defined]
-            cls.__abstractmethods__ = cls.__abstractmethods__ - {"forward"}  # type: ignore[attr-defined]
+            made: Any = cls
+            made.__abstractmethods__ = made.__abstractmethods__ - {"forward"}
         return cls
 
 
 class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
     """Quantizes the inputs, parameters and outputs of a module class.
 
-    A class ``class QuantizedFoo(QuantizationMixin, Foo)`` computes ``Foo`` on quantize-dequantized tensors, in
+    A class ``class QuantizedFoo(QuantizationMixin, Foo)`` computes ``Foo`` on quantize-dequantized
+    tensors, in
     floating point, and returns plain tensors:
 
         output = Q_out(Foo.forward(Q_in(input); Q_w(weight)))
 
-    where each ``Q`` is a quantizer in its slot, or nothing where the slot is ``None``. Only floating-point tensors are quantized.
+    where each ``Q`` is a quantizer in its slot, or nothing where the slot is ``None``. Only
+    floating-point tensors are quantized.
 
     A module class of your own gets a twin by :meth:`implements`::
 
@@ -68,16 +77,20 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
                 super().__quant_init__()
                 self.input_quantizers = nn.ModuleList([None, None])
 
-    Without a ``forward`` of its own the class gets one that goes by position. Inside a hand-written one,
+    Without a ``forward`` of its own the class gets one that goes by position. Inside a hand-written
+    one,
     ``with self._patch_quantized_parameters():`` makes parameters read as quantized.
 
-    Differences from AIMET: results are plain tensors; tensors passed as keyword arguments are quantized too.
+    Differences from AIMET: results are plain tensors; tensors passed as keyword arguments are
+    quantized too.
     """
 
     cls_to_qcls: ClassVar[dict[type[nn.Module], type[Any]]] = {}
     qcls_to_cls: ClassVar[dict[type[Any], type[nn.Module]]] = {}
 
     _default_kernel: ClassVar[Kernel | None] = None
+    # Set on single modules by `set_kernel`. Not part of copies and pickles.
+    _instance_kernel: Kernel | None = None
 
     def __nullary__(self) -> None:
         """``__quant_init__`` of a module without quantized input."""
@@ -100,14 +113,17 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
         self.input_quantizers = nn.ModuleList([None] * inputs)  # type: ignore[list-item]
         self.output_quantizers = nn.ModuleList([None] * outputs)  # type: ignore[list-item]
 
-    # -- kernels -------------------------------------------------------------------------------------------------------
+    # -- kernels -----------------------------------------------------------------------------------
 
     @classmethod
     def set_default_kernel(cls, kernel: Kernel | None) -> None:
-        """Let all modules of this class compute with ``kernel``, unless :meth:`set_kernel` says otherwise.
+        """Let all modules of this class compute with ``kernel``, unless :meth:`set_kernel` says
+        otherwise.
 
-        :param kernel: takes the arguments of the torch function that the module calls, with quantized tensors (that know
-            their ``encoding``) in the place of inputs and parameters, and ``output_encodings``: the encoding of the output quantizer, or
+        :param kernel: takes the arguments of the torch function that the module calls, with
+            quantized tensors (that know
+            their ``encoding``) in the place of inputs and parameters, and ``output_encodings``: the
+            encoding of the output quantizer, or
             ``None``. Returns a tensor, quantized or not. ``None`` takes the kernel away.
         :raises TypeError: ``kernel`` is not callable
 
@@ -118,22 +134,26 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
     @classmethod
     def get_default_kernel(cls) -> Kernel | None:
         """The kernel of the class, or ``None``."""
-        kernel = cls._default_kernel
-        # A plain function in a class attribute is the function itself when read from the class.
-        return kernel
+        return cls._default_kernel
 
     def set_kernel(self, kernel: Kernel | None) -> None:
         """Let this module compute with ``kernel``; see :meth:`set_default_kernel`."""
         _checked_kernel(type(self), kernel)
-        if kernel is None:
-            _instance_kernels.pop(self, None)
-        else:
-            _instance_kernels[self] = kernel
+        self.__dict__.pop("_instance_kernel", None)
+        if kernel is not None:
+            self.__dict__["_instance_kernel"] = kernel
 
     def get_kernel(self) -> Kernel | None:
         """The kernel of this module, else that of its class, else ``None``."""
-        kernel = _instance_kernels.get(self)
+        kernel = self._instance_kernel
         return type(self)._default_kernel if kernel is None else kernel
+
+    def __getstate__(self) -> Any:
+        inherited = getattr(super(), "__getstate__", None)  # of object, from Python 3.11 on
+        state = self.__dict__ if inherited is None else inherited()
+        if isinstance(state, dict) and "_instance_kernel" in state:
+            state = {key: value for key, value in state.items() if key != "_instance_kernel"}
+        return state
 
     def _active_kernel(self) -> Kernel | None:
         kernel = self.get_kernel()
@@ -145,7 +165,7 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
             return None
         return kernel
 
-    # -- the interface of the base, restated for documentation --------------------------------------------------------------
+    # -- the interface of the base, restated for documentation -------------------------------------
 
     @classmethod
     def wrap(cls, module_cls: type[nn.Module]) -> type[Any]:
@@ -165,7 +185,10 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
         wrapped = QuantizationMixinMeta(
             f"Quantized{module_cls.__name__}",
             (cls, module_cls),
-            {"__module__": module_cls.__module__, "__doc__": twin_docstring(module_cls, ("input",), 1)},
+            {
+                "__module__": module_cls.__module__,
+                "__doc__": twin_docstring(module_cls, ("input",), 1),
+            },
         )
         return cls.implements(module_cls)(wrapped)
 
@@ -246,21 +269,23 @@ class _KernelMode(TorchFunctionMode):
         return self.kernel(*args, **kwargs)
 
 
-def _run_kernel(module: Any, kernel: Kernel, function: Any, base_forward: Any, args: Any, kwargs: Any) -> Any:
+def _run_kernel(
+    module: Any, kernel: Kernel, function: Any, base_forward: Any, args: Any, kwargs: Any
+) -> Any:
     mode = _KernelMode(module, function, kernel)
     with mode:
         output = base_forward(module, *args, **kwargs)
     if not mode.done:
         raise RuntimeError(
-            f"{type(module).__name__}: the kernel was not used, because the forward pass did not call "
-            f"{'any torch function' if function is None else getattr(function, '__name__', function)}"
+            f"{type(module).__name__}: the kernel was not used, because the forward pass did not "
+            f"call {getattr(function, '__name__', function) or 'any torch function'}"
         )
     if isinstance(output, (tuple, list)):
         return type(output)(plain(x) for x in output)
     return plain(output)
 
 
-# -- forward methods ---------------------------------------------------------------------------------------------------
+# -- forward methods -------------------------------------------------------------------------------
 
 
 def twin_docstring(module_cls: type[nn.Module], inputs: tuple[str, ...], outputs: int) -> str:
@@ -276,12 +301,17 @@ def twin_docstring(module_cls: type[nn.Module], inputs: tuple[str, ...], outputs
 def quantize_outputs(module: Any, output: Any, shared: bool = False) -> Any:
     """The result of a forward pass through the output quantizers.
 
-    :param shared: the first quantizer serves all results; otherwise the n-th result has the n-th quantizer
+    :param shared: the first quantizer serves all results; otherwise the n-th result has the n-th
+        quantizer
     """
     slots = module._modules["output_quantizers"]._modules
     if isinstance(output, Tensor):
         quantizer = slots.get("0")
-        return output if quantizer is None else quantize(module, "output_quantizers", 0, quantizer, output)
+        return (
+            output
+            if quantizer is None
+            else quantize(module, "output_quantizers", 0, quantizer, output)
+        )
     if isinstance(output, (tuple, list)) and any(q is not None for q in slots.values()):
         if shared:
             quantizer = slots["0"]
@@ -303,7 +333,8 @@ def run_with_parameters(
 ) -> Any:
     """``base_forward(module, *args, **kwargs)`` with other tensors in place of some parameters.
 
-    The module is left alone: the method runs on a second object with the same attributes, so that other threads, hooks and
+    The module is left alone: the method runs on a second object with the same attributes, so that
+    other threads, hooks and
     exceptions see nothing of it. Attributes that the method sets are set on the module afterwards.
 
     :param pure: the method is known to set none
@@ -381,11 +412,15 @@ def build_forward(
 ) -> Callable[..., Any]:
     """The forward method of the quantized twin of ``module_cls``.
 
-    :param inputs: names of the arguments that have input quantizers; by default the arguments in their order
-    :param function: torch function that stands for the module when a kernel is set; by default the first one called
-    :param call: the module's forward as a function ``call(module, input, *parameters)``, for modules with one input. Spares
+    :param inputs: names of the arguments that have input quantizers; by default the arguments in
+        their order
+    :param function: torch function that stands for the module when a kernel is set; by default the
+        first one called
+    :param call: the module's forward as a function ``call(module, input, *parameters)``, for
+        modules with one input. Spares
         the second object of :func:`run_with_parameters`
-    :param parameters: names of the parameters that ``call`` takes, ``("weight",)`` or ``("weight", "bias")``; empty: the class has none
+    :param parameters: names of the parameters that ``call`` takes, ``("weight",)`` or ``("weight",
+        "bias")``; empty: the class has none
     :param shared_output: the first output quantizer serves all results
     :param variadic: there may be more inputs than ``inputs``
     :param pure: the original sets no attributes in its forward pass
@@ -404,7 +439,9 @@ def build_forward(
     else:
         arguments = list(own_signature.parameters)[1:]
         skipped = arguments.index(inputs[0]) if inputs and inputs[0] in arguments else 0
-        forward = _forward_general(base_forward, inputs, function, shared_output, skipped, parameters == (), pure)
+        forward = _forward_general(
+            base_forward, inputs, function, shared_output, skipped, parameters == (), pure
+        )
     if signature is not None:
         forward = _by_position(forward, signature)
     forward.__signature__ = signature or own_signature
@@ -424,7 +461,13 @@ def _by_position(forward: Any, signature: inspect.Signature) -> Any:
 
 
 def _forward_general(
-    base_forward: Any, inputs: tuple[str, ...], function: Any, shared_output: bool, skipped: int, stateless: bool, pure: bool
+    base_forward: Any,
+    inputs: tuple[str, ...],
+    function: Any,
+    shared_output: bool,
+    skipped: int,
+    stateless: bool,
+    pure: bool,
 ) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
@@ -469,9 +512,15 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) ->
 
 
 def _forward_call(
-    call: Callable[..., Any], names: tuple[str, ...], base_forward: Any, inputs: tuple[str, ...], function: Any
+    call: Callable[..., Any],
+    names: tuple[str, ...],
+    base_forward: Any,
+    inputs: tuple[str, ...],
+    function: Any,
 ) -> Any:
-    """One input, one output, and the module's forward as a function of its parameters: a weight, perhaps a bias."""
+    """One input, one output, and the module's forward as a function of its parameters: a weight,
+    perhaps a bias.
+    """
     (input_name,) = inputs or ("input",)
     has_slot = bool(inputs)
     with_bias = "bias" in names

@@ -43,7 +43,13 @@ def _quant_init(self: Any) -> None:
         setattr(self, f"{name}_proj", _projection(weight, bias))
     self.out_proj = _projection(self.out_proj.weight, self.out_proj.bias)
     # The projections hold them now (in the same memory).
-    for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    for name in (
+        "in_proj_weight",
+        "in_proj_bias",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+    ):
         if name in self._parameters:
             self._parameters[name] = None
     self.qk_matmul = custom.QuantizedMatMul()
@@ -117,12 +123,13 @@ def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -
 
 
 def _setstate(self: Any, state: Mapping[str, Any]) -> None:
-    # That of the original adds an attribute to what very old versions of torch saved; these are no quantized modules.
+    # That of the original adds an attribute to what very old versions of torch saved; these are no
+    # quantized modules.
     nn.Module.__setstate__(self, dict(state))
 
 
 def _as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask as what is added to the scores: boolean ones are minus infinity where they are true."""
+    """A mask as what is added to the scores; boolean ones are minus infinity where true."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
@@ -139,7 +146,9 @@ def _forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``softmax(q k^T / sqrt(head_dim) + mask) v``, per head; arguments as of ``torch.nn.MultiheadAttention``."""
+    """``softmax(q k^T / sqrt(head_dim) + mask) v``, per head; arguments as of
+    ``torch.nn.MultiheadAttention``.
+    """
     if is_causal and attn_mask is None:
         raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask, and needs one")
     heads, head_dim = self.num_heads, self.head_dim

@@ -1,4 +1,6 @@
-"""Quantized recurrent layers and cells. A step of a layer's recurrence is not quantized, its arguments and results are."""
+"""Quantized recurrent layers and cells. A step of a layer's recurrence is not quantized, its
+arguments and results are.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ __all__ = [
 
 
 def _through(module: Any, kind: str, first: int, value: Any) -> Any:
-    """A tensor, a packed sequence or a tuple of states through the quantizers from number ``first`` on."""
+    """A tensor, a packed sequence or a tuple of states through the quantizers from number ``first``
+    on."""
     if isinstance(value, tuple) and not isinstance(value, PackedSequence):
         return tuple(_through(module, kind, first + i, v) for i, v in enumerate(value))
     quantizer = module._modules[kind]._modules.get(str(first))
@@ -33,7 +36,10 @@ def _through(module: Any, kind: str, first: int, value: Any) -> Any:
 
 
 def _initial_state(module: nn.RNNBase, x: Any) -> Any:
-    """The zeros that the layer starts from when no state is given; a quantizer of the state has to see them."""
+    """The zeros that the layer starts from when no state is given; a quantizer of the state has to
+    see them.
+    """
+    batch: tuple[int, ...]
     if isinstance(x, PackedSequence):
         x, batch = x.data, (int(x.batch_sizes[0]),)
     else:

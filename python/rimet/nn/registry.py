@@ -1,4 +1,4 @@
-"""The table of quantized twins: one row per module class, from which its quantized class is made."""
+"""The table of quantized twins: a row per module class, from which its quantized class is made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class QuantSpec:
     inputs: tuple[str, ...]
     #: Number of output quantizers
     outputs: int
-    #: Names of all parameters the class can have, where the forward pass is built upon them; ``None``: found at run time
+    #: Names of all parameters the class can have, where the forward pass is built upon them;
+    #: ``None``: found at run time
     parameters: tuple[str, ...] | None = None
     #: Forward as a function ``call(module, input, *parameters)``
     call: Callable[..., Any] | None = None
@@ -60,14 +61,17 @@ def twin(
 ) -> Any:
     """Make and register the quantized class of a module class.
 
-    :param inputs: arguments of ``forward`` that have an input quantizer, or how many of its first ones; one by default
+    :param inputs: arguments of ``forward`` that have an input quantizer, or how many of its first
+        ones; one by default
     :param outputs: number of output quantizers
     :param name: name of the class; ``Quantized<Module>`` by default
     :param bases: its bases; the mixin and the module class by default
     :param home: module in which the class can be imported; that of the caller by default
-    :param namespace: further attributes; a ``forward`` in it takes the place of the one that would be built
+    :param namespace: further attributes; a ``forward`` in it takes the place of the one that would
+        be built
     :param register: whether this class is the twin of ``module_cls``
-    :param like: function with the arguments of ``forward``, where they have other names than in the module class
+    :param like: function with the arguments of ``forward``, where they have other names than in the
+        module class
     :param options: see :class:`QuantSpec`
     """
     if inputs is None:
@@ -116,6 +120,8 @@ def twin(
     return quantized_cls
 
 
-def stateless(module_cls: type[nn.Module], inputs: Any = None, outputs: int = 1, **options: Any) -> Any:
+def stateless(
+    module_cls: type[nn.Module], inputs: Any = None, outputs: int = 1, **options: Any
+) -> Any:
     """:func:`twin` of a class without parameters."""
     return twin(module_cls, inputs, outputs, parameters=(), **options)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 __all__ = ["reuse_quantized_params"]
 
-# How many blocks are open in all threads, and whether any is: read first in every forward pass, so that nothing else is
-# paid without one. (A bool of its own: compiled code is specialized on it, and should not be on the number.)
+# How many blocks are open in all threads, and whether any is: read first in every forward pass, so
+# that nothing else is
+# paid without one. (A bool of its own: compiled code is specialized on it, and should not be on the
+# number.)
 _open_blocks = 0
 _any_open = False
 _open_blocks_lock = threading.Lock()
@@ -22,7 +24,8 @@ _open_blocks_lock = threading.Lock()
 class _Blocks(threading.local):
     """Per thread: module -> (number of blocks that hold it, name -> quantized parameter).
 
-    Keyed by the module's identity, and outside of it: copies, pickles and state dicts hold nothing of it.
+    Keyed by the module's identity, and outside of it: copies, pickles and state dicts hold nothing
+    of it.
     """
 
     def __init__(self) -> None:
@@ -34,14 +37,19 @@ _blocks = _Blocks()
 
 @contextlib.contextmanager
 def reuse_quantized_params(model: nn.Module) -> Iterator[None]:
-    """Within this context, each parameter of ``model`` is quantized at most once, by the first call that needs it.
+    """Within this context, each parameter of ``model`` is quantized at most once, by the first call
+    that needs it.
 
     :param model: model with quantized modules
 
-    It is up to the caller that neither parameters nor their quantizers change meanwhile; a change made through
-    ``compute_encodings()``, ``compute_param_encodings()``, ``fold_param_quantizers()`` or the import of encodings is
-    noticed, others are not. Holds for the calling thread alone, and for calls without gradients: under ``torch.enable_grad``, ``torch.jit``
-    tracing, ``torch.compile`` and ``torch.export`` parameters are quantized in every call as ever. Needs the memory of one
+    It is up to the caller that neither parameters nor their quantizers change meanwhile; a change
+    made through
+    ``compute_encodings()``, ``compute_param_encodings()``, ``fold_param_quantizers()`` or the
+    import of encodings is
+    noticed, others are not. Holds for the calling thread alone, and for calls without gradients:
+    under ``torch.enable_grad``, ``torch.jit``
+    tracing, ``torch.compile`` and ``torch.export`` parameters are quantized in every call as ever.
+    Needs the memory of one
     copy of the quantized parameters, until the block ends.
 
     :raises TypeError: ``model`` is no ``nn.Module``

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rimet.quantization.affine import Quantize, dequantize
 from rimet.quantization.tensor import QuantizedTensorBase
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "plain",
     "quantize",
     "quantize_each",
+    "values_of_bins",
     "wrong_slot",
 ]
 
@@ -29,7 +31,8 @@ def plain(x: Any) -> Any:
 
 
 def quantize(owner: Any, kind: str, key: int | str, quantizer: Any, x: Any) -> Any:
-    """Pass ``x`` through ``quantizer`` if it is a floating-point tensor; integers, masks and non-tensors go by.
+    """Pass ``x`` through ``quantizer`` if it is a floating-point tensor; integers, masks and
+    non-tensors go by.
 
     :param owner: module that the slot belongs to, for the error message
     :param kind: such as ``"input_quantizers"``
@@ -47,7 +50,20 @@ def quantize(owner: Any, kind: str, key: int | str, quantizer: Any, x: Any) -> A
         forward = quantizer._forward_tensor
     except AttributeError:
         raise wrong_slot(owner, kind, key, quantizer) from None
+    if isinstance(quantizer, Quantize):
+        return values_of_bins(quantizer, forward(x))
     return forward(x)
+
+
+def values_of_bins(quantizer: Quantize, bins: Tensor) -> Tensor:
+    """What a quantizer that yields grid indices stands for in a quantized module: the values on the
+    grid.
+    """
+    if quantizer._calibrating:
+        return bins  # they are the values that were observed
+    scale, offset = quantizer.get_scale(), quantizer.get_offset()
+    assert scale is not None and offset is not None  # else it had raised
+    return dequantize(bins, scale, offset, quantizer.block_size)
 
 
 def wrong_slot(owner: Any, kind: str, key: int | str, quantizer: Any) -> TypeError:
@@ -61,7 +77,9 @@ def wrong_slot(owner: Any, kind: str, key: int | str, quantizer: Any) -> TypeErr
 def quantize_each(
     owner: Any, kind: str, quantizers: Mapping[str, Any], values: Iterable[Any]
 ) -> list[Any]:
-    """The n-th value through the n-th quantizer. Values without a slot, and slots that are off, pass plain."""
+    """The n-th value through the n-th quantizer. Values without a slot, and slots that are off,
+    pass plain.
+    """
     passed = []
     for i, x in enumerate(values):
         quantizer = quantizers.get(_KEYS[i] if i < 16 else str(i))
@@ -87,14 +105,16 @@ def flatten(modules: nn.Module) -> Iterator[nn.Module | None]:
 
 
 class QuantizerRemoval:
-    """Quantizers taken out of their slots, for good or, used as a context manager, until the block ends."""
+    """Quantizers taken out of their slots, for good or, used as a context manager, until the block
+    ends.
+    """
 
     def __init__(self, container: nn.ModuleList | nn.ModuleDict, keys: Iterable[str]) -> None:
         self._slots = container._modules
         self._removed = {}
         for key in keys:
             self._removed[key] = self._slots[key]
-            self._slots[key] = None
+            self._slots[key] = None  # type: ignore[assignment]
 
     def __enter__(self) -> None:
         return None
@@ -104,20 +124,25 @@ class QuantizerRemoval:
         self._removed = {}
 
 
-# Parameters that are replaced at the moment: id(module) -> [number of users, {name: (where, original)}].
+# Parameters that are replaced at the moment: id(module) -> [number of users, {name: (where,
+# original)}].
 # Out of the modules themselves, so that copies and pickles made meanwhile hold nothing of it.
 _replaced: dict[int, list[Any]] = {}
 _replaced_lock = threading.Lock()
 
 
 class ParameterReplacement:
-    """While entered, ``module.<name>`` is the given tensor. For forward methods that read ``self.<name>``.
+    """While entered, ``module.<name>`` is the given tensor. For forward methods that read
+    ``self.<name>``.
 
-    Several threads may run one module: the originals come back when the last of them leaves. (Each puts in what it
+    Several threads may run one module: the originals come back when the last of them leaves. (Each
+    puts in what it
     computed from the originals, so they see equal values.)
     """
 
-    def __init__(self, module: nn.Module, quantize_one: Callable[[str, Tensor], Tensor], names: Iterable[str]):
+    def __init__(
+        self, module: nn.Module, quantize_one: Callable[[str, Tensor], Tensor], names: Iterable[str]
+    ):
         self._module = module
         self._quantize_one = quantize_one
         self._names = tuple(names)
@@ -138,7 +163,7 @@ class ParameterReplacement:
                 where = module._parameters if name in module._parameters else module.__dict__
                 if name not in entry[1]:
                     entry[1][name] = (where, where.get(name))
-                where[name] = tensor
+                where[name] = tensor  # type: ignore[assignment]
 
     def __exit__(self, *exc: object) -> None:
         with _replaced_lock:

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from rimet.nn.mixin import QuantizationMixin, run_with_parameters
 from rimet.nn.registry import stateless, twin
 
-# -- linear and convolution ----------------------------------------------------------------------------------------------
+# -- linear and convolution ------------------------------------------------------------------------
 
 
 def _linear(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,7 +38,7 @@ QuantizedConvTranspose3d = twin(nn.ConvTranspose3d, function=F.conv_transpose3d)
 QuantizedFold = stateless(nn.Fold)
 QuantizedUnfold = stateless(nn.Unfold)
 
-# -- normalization -------------------------------------------------------------------------------------------------------
+# -- normalization ---------------------------------------------------------------------------------
 
 
 def _layer_norm(module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -90,7 +90,7 @@ QuantizedGroupNorm = twin(
 QuantizedRMSNorm = twin(nn.RMSNorm, call=_rms_norm, parameters=("weight",), function=F.rms_norm)
 QuantizedLocalResponseNorm = stateless(nn.LocalResponseNorm)
 
-# -- activations ---------------------------------------------------------------------------------------------------------
+# -- activations -----------------------------------------------------------------------------------
 
 QuantizedCELU = stateless(nn.CELU)
 QuantizedELU = stateless(nn.ELU)
@@ -121,7 +121,7 @@ QuantizedTanh = stateless(nn.Tanh)
 QuantizedTanhshrink = stateless(nn.Tanhshrink)
 QuantizedThreshold = stateless(nn.Threshold)
 
-# -- pooling -------------------------------------------------------------------------------------------------------------
+# -- pooling ---------------------------------------------------------------------------------------
 
 QuantizedAdaptiveAvgPool1d = stateless(nn.AdaptiveAvgPool1d)
 QuantizedAdaptiveAvgPool2d = stateless(nn.AdaptiveAvgPool2d)
@@ -145,7 +145,7 @@ QuantizedMaxUnpool1d = stateless(nn.MaxUnpool1d)
 QuantizedMaxUnpool2d = stateless(nn.MaxUnpool2d)
 QuantizedMaxUnpool3d = stateless(nn.MaxUnpool3d)
 
-# -- padding, resizing, rearranging ----------------------------------------------------------------------------------------
+# -- padding, resizing, rearranging ----------------------------------------------------------------
 
 QuantizedChannelShuffle = stateless(nn.ChannelShuffle)
 QuantizedCircularPad1d = stateless(nn.CircularPad1d)
@@ -171,7 +171,7 @@ QuantizedZeroPad1d = stateless(nn.ZeroPad1d)
 QuantizedZeroPad2d = stateless(nn.ZeroPad2d)
 QuantizedZeroPad3d = stateless(nn.ZeroPad3d)
 
-# -- dropout -------------------------------------------------------------------------------------------------------------
+# -- dropout ---------------------------------------------------------------------------------------
 
 QuantizedAlphaDropout = stateless(nn.AlphaDropout)
 QuantizedDropout = stateless(nn.Dropout)
@@ -180,7 +180,7 @@ QuantizedDropout2d = stateless(nn.Dropout2d)
 QuantizedDropout3d = stateless(nn.Dropout3d)
 QuantizedFeatureAlphaDropout = stateless(nn.FeatureAlphaDropout)
 
-# -- embedding -----------------------------------------------------------------------------------------------------------
+# -- embedding -------------------------------------------------------------------------------------
 
 
 def _embedding(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -200,11 +200,9 @@ QuantizedEmbedding = twin(
     nn.Embedding, 0, call=_embedding, parameters=("weight",), function=F.embedding
 )
 # Of the arguments of an embedding bag, only the weights of its samples are quantized.
-QuantizedEmbeddingBag = twin(
-    nn.EmbeddingBag, ("per_sample_weights",), function=F.embedding_bag
-)
+QuantizedEmbeddingBag = twin(nn.EmbeddingBag, ("per_sample_weights",), function=F.embedding_bag)
 
-# -- distances and losses ------------------------------------------------------------------------------------------------
+# -- distances and losses --------------------------------------------------------------------------
 
 QuantizedCosineSimilarity = stateless(nn.CosineSimilarity, 2)
 QuantizedPairwiseDistance = stateless(nn.PairwiseDistance, 2)
@@ -224,7 +222,8 @@ QuantizedMultiLabelMarginLoss = stateless(nn.MultiLabelMarginLoss)
 QuantizedMultiLabelSoftMarginLoss = stateless(nn.MultiLabelSoftMarginLoss)
 QuantizedMultiMarginLoss = stateless(nn.MultiMarginLoss)
 QuantizedNLLLoss = stateless(nn.NLLLoss)
-# Made from the class that `NLLLoss2d` is another name for: making a subclass of a deprecated class warns.
+# Made from the class that `NLLLoss2d` is another name for: making a subclass of a deprecated class
+# warns.
 QuantizedNLLLoss2d = stateless(
     nn.NLLLoss2d, name="QuantizedNLLLoss2d", bases=(QuantizationMixin, nn.NLLLoss)
 )

@@ -93,6 +93,7 @@ def _fit_range(
 
 def _clamp_to_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     limit = torch.finfo(dtype).max
+    value = value.to(torch.promote_types(value.dtype, dtype))
     return value.clamp(min=-limit, max=limit).to(dtype)
 
 
@@ -226,7 +227,6 @@ class _MinMaxObserver(_Observer[_MinMaxRange]):
         for entry in ranges:
             if entry is not None:
                 self.merge_stats(_MinMaxRange(entry[0].to(device), entry[1].to(device)))
-
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         if self.stats.min is None or self.stats.max is None:
@@ -410,7 +410,9 @@ def _by_encoding(
     """The elements of each encoding as one row."""
     if len(shape) > x.dim():
         if any(dim != 1 for dim in shape[: len(shape) - x.dim()]):
-            raise ValueError(f"input: expected a shape that reduces to {shape}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"input: expected a shape that reduces to {shape}, got {tuple(x.shape)}"
+            )
         shape = shape[len(shape) - x.dim() :]
     leading = x.dim() - len(shape)
     if blocks is None:
@@ -566,7 +568,6 @@ class EncodingAnalyzer(ABC, Generic[_Statistics]):
         :param group: process group; the default group if ``None``
         """
         self.observer.all_reduce(group)
-
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The running statistics as tensors (safetensors can hold them); empty before any data."""
@@ -769,9 +770,7 @@ class TfEnhancedEncodingAnalyzer(SqnrEncodingAnalyzer):
 
     _growth_limit = 3.0
 
-    def __init__(
-        self, shape: int | Sequence[int], block_size: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, shape: int | Sequence[int], block_size: Sequence[int] | None = None) -> None:
         super().__init__(
             shape, 512, histogram_growth_limit=self._growth_limit, block_size=block_size
         )
@@ -784,7 +783,9 @@ class TfEnhancedEncodingAnalyzer(SqnrEncodingAnalyzer):
         :raises RuntimeError: it is below 1
         """
         if not growth_limit >= 1.0:
-            raise RuntimeError(f"growth_limit: expected a number of at least 1.0, got {growth_limit}")
+            raise RuntimeError(
+                f"growth_limit: expected a number of at least 1.0, got {growth_limit}"
+            )
         cls._growth_limit = growth_limit
 
 

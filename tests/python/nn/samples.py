@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rimet.nn.modules import custom
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import pack_padded_sequence
-
-from rimet.nn.modules import custom
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ SAMPLES: dict[type[nn.Module], list[Sample]] = {}
 
 
 def _add(
-    cls: type[nn.Module], make: tuple[Any, ...] | dict[str, Any] | Callable[[], nn.Module], *inputs: Any
+    cls: type[nn.Module],
+    make: tuple[Any, ...] | dict[str, Any] | Callable[[], nn.Module],
+    *inputs: Any,
 ) -> None:
     """``inputs``: shapes (lists) of random tensors, tensors, or whatever else is passed on."""
     factory: Callable[[], nn.Module]
@@ -163,9 +164,7 @@ for _d in (1, 2, 3):
     _add(getattr(nn, f"AvgPool{_d}d"), (2,), [2, 3, *_size])
     _add(getattr(nn, f"LPPool{_d}d"), (2, 2), _rand(2, 3, *_size))
     _add(getattr(nn, f"MaxPool{_d}d"), (2,), [2, 3, *_size])
-    _add(
-        getattr(nn, f"MaxPool{_d}d"), {"kernel_size": 2, "return_indices": True}, [2, 3, *_size]
-    )
+    _add(getattr(nn, f"MaxPool{_d}d"), {"kernel_size": 2, "return_indices": True}, [2, 3, *_size])
     _add(
         getattr(nn, f"MaxUnpool{_d}d"),
         (2,),
@@ -366,9 +365,7 @@ _add(custom.OneHot, (4, -0.5, 2.0), _int(4, 3))
 _add(custom.RmsNorm, ([3, 4, 5], [1, 2], 1e-6), [3, 4, 5])
 _add(custom.HadamardRotation, (12,), [3, 12])
 _add(custom.RotaryEmbedding, (False, 4, 6), [1, 2, 3, 6], [1, 3, 2], [1, 3, 2])
-_add(
-    custom.RotaryEmbedding, (True, 4, 6), [1, 2, 3, 6], [5, 2], [5, 2], torch.tensor([[4, 0, 1]])
-)
+_add(custom.RotaryEmbedding, (True, 4, 6), [1, 2, 3, 6], [5, 2], [5, 2], torch.tensor([[4, 0, 1]]))
 
 # Twins without a sample of their own, each for a reason.
 WITHOUT_SAMPLE = {

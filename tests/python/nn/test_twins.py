@@ -1,4 +1,6 @@
-"""Every registered module class: its quantized twin against an independent composition of quantizers and the original."""
+"""Every registered module class: its quantized twin against an independent composition of
+quantizers and the original.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ import pickle
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-
 import rimet.nn as rnn
-from nn.samples import ALL, SAMPLES, WITHOUT_SAMPLE, Sample
+import torch
 from rimet.nn import QuantizationMixin
 from rimet.nn.registry import REGISTRY
 from rimet.quantization.affine import QuantizeDequantize
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from nn.samples import ALL, SAMPLES, WITHOUT_SAMPLE, Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 EACH = pytest.mark.parametrize("sample", ALL, ids=str)
@@ -71,7 +73,9 @@ def floating(x: Any) -> bool:
 
 
 def composition(sample: Sample, twin: Any, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """What the twin has to compute, put together from the original module and single calls of its quantizers."""
+    """What the twin has to compute, put together from the original module and single calls of its
+    quantizers.
+    """
 
     def through(quantizers: Any, values: Any, slot: int) -> Any:
         if sample.label == "custom.BatchNorm" and quantizers is qin and slot in (1, 2):
@@ -86,14 +90,19 @@ def composition(sample: Sample, twin: Any, module: nn.Module, inputs: tuple[Any,
     for position, value in enumerate(inputs):
         if isinstance(module, nn.EmbeddingBag):
             slot = position - 2
-        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        elif (
+            isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+            and isinstance(value, tuple)
+            and not isinstance(value, PackedSequence)
+        ):
             arguments.append(tuple(through(qin, v, position + i) for i, v in enumerate(value)))
             continue
         else:
             slot = position
         arguments.append(through(qin, value, slot) if 0 <= slot < len(qin) else value)
     params = {
-        name: twin.param_quantizers[name]._forward_tensor(p) for name, p in module.named_parameters()
+        name: twin.param_quantizers[name]._forward_tensor(p)
+        for name, p in module.named_parameters()
     }
     torch.manual_seed(3)
     if isinstance(module, nn.RNNBase):
@@ -191,7 +200,8 @@ def test_gradients(sample: Sample) -> None:
     twin = QuantizationMixin.from_module(module)
     turn_on(twin)
     if isinstance(module, nn.RNNBase):
-        # Its reference above has no gradient; that of the weights is compared with one by autograd through _VF.
+        # Its reference above has no gradient; that of the weights is compared with one by autograd
+        # through _VF.
         output = run(twin, inputs)
         sum(x.sum() for x in flat(output) if floating(x)).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
@@ -204,7 +214,9 @@ def test_gradients(sample: Sample) -> None:
     for p in twin.parameters():
         p.grad = None
     reference = [
-        x for x in flat(composition(sample, twin, module, inputs)) if floating(x) and x.requires_grad
+        x
+        for x in flat(composition(sample, twin, module, inputs))
+        if floating(x) and x.requires_grad
     ]
     sum((x * x).sum() for x in reference).backward()
     for name, p in twin.named_parameters():

@@ -102,3 +102,10 @@ def test_fake_tensors_pass() -> None:
     quantizer.set_range(-1, 1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert quantizer(torch.empty(3, 4)).shape == (3, 4)
+
+
+def test_tensor_path_is_plain_while_calibrating() -> None:
+    for quantizer in quantizers():
+        with quantizer.compute_encodings():
+            y = quantizer._forward_tensor(DequantizedTensor(X))
+        assert type(y) is torch.Tensor

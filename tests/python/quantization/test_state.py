@@ -150,3 +150,14 @@ def test_functional_call_uses_the_given_parameters() -> None:
         quantizer, {"min": torch.tensor(-4.0), "max": torch.tensor(4.0)}, (torch.tensor([9.0]),)
     )
     assert y.item() == pytest.approx(4.0, abs=0.05)
+
+
+def test_made_on_the_meta_device_then_loaded() -> None:
+    source = QuantizeDequantize((3, 1), 4, True)
+    source.set_range(-1, 1)
+    with torch.device("meta"):
+        target = QuantizeDequantize((3, 1), 8, True)
+    target = target.to_empty(device="cpu")
+    target.load_state_dict(source.state_dict())
+    assert target.is_initialized()
+    assert torch.equal(target(X), source(X))

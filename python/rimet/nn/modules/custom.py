@@ -1,6 +1,7 @@
 """Torch functions as modules, so that their inputs and outputs can be quantized.
 
-``Add()(x, y)`` is ``x + y``; each class here has a twin ``Quantized<Class>``, made by the rows at the end of the file. A
+``Add()(x, y)`` is ``x + y``; each class here has a twin ``Quantized<Class>``, made by the rows at
+the end of the file. A
 module that stands for one function takes the arguments of that function.
 """
 
@@ -19,7 +20,7 @@ from rimet.nn.mixin import QuantizationMixin, quantize_outputs
 from rimet.nn.registry import stateless, twin
 from rimet.nn.slots import quantize_each
 
-# -- one function, one module --------------------------------------------------------------------------------------------
+# -- one function, one module ----------------------------------------------------------------------
 
 
 def forward_function_wrapper(functional: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +39,8 @@ def forward_function_wrapper(functional: Callable[..., Any]) -> Callable[..., An
 def create_wrapper_module(class_name: str, functional: Callable[..., Any]) -> Any:
     """An ``nn.Module`` class whose forward pass is one call of ``functional``.
 
-    :param class_name: name of the class. To be pickled, it has to be assigned to that name in the calling module
+    :param class_name: name of the class. To be pickled, it has to be assigned to that name in the
+        calling module
     :param functional: function of tensors
     """
     frame = inspect.currentframe()
@@ -137,7 +139,7 @@ ScaledDotProductAttention = create_wrapper_module(
     "ScaledDotProductAttention", F.scaled_dot_product_attention
 )
 
-# -- modules with a signature or state of their own ------------------------------------------------------------------------
+# -- modules with a signature or state of their own ------------------------------------------------
 
 
 class Add(nn.Module):
@@ -203,7 +205,9 @@ class DynamicConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolve ``x`` ``[n, c_in, h, w]`` with ``weight`` ``[c_out, c_in / groups, kh, kw]``; ``bias`` is flattened."""
+        """Convolve ``x`` ``[n, c_in, h, w]`` with ``weight`` ``[c_out, c_in / groups, kh, kw]``;
+        ``bias`` is flattened.
+        """
         if bias is not None:
             bias = bias.reshape(-1)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -255,9 +259,7 @@ class ChannelShuffle(nn.Module):
         """``[n, groups * k, h, w]``: channel ``g * k + i`` goes to ``i * groups + g``."""
         (x,) = args
         n, c, h, w = x.shape
-        return (
-            x.reshape(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
-        )
+        return x.reshape(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
 class Cast(nn.Module):
@@ -279,7 +281,9 @@ class CustomGather(nn.Module):
     """ONNX ``Gather``: whole slices along one axis."""
 
     def forward(self, data: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
-        """``data`` with dimension ``axis`` replaced by those of ``indices``; negative indices count from the end."""
+        """``data`` with dimension ``axis`` replaced by those of ``indices``; negative indices count
+        from the end.
+        """
         axis = axis % data.dim()
         wrapped = torch.where(indices < 0, indices + data.shape[axis], indices)
         shape = (*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
@@ -333,7 +337,9 @@ class ScatterND(nn.Module):
         self.reduction = reduction
 
     def forward(self, data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-        """A copy of ``data``, updated at ``indices`` ``[..., k]``, whose last dimension addresses the first ``k`` of ``data``."""
+        """A copy of ``data``, updated at ``indices`` ``[..., k]``, whose last dimension addresses
+        the first ``k`` of ``data``.
+        """
         where = indices.to(torch.int64).unbind(-1)
         current = data[where]
         updates = updates.reshape(current.shape)
@@ -348,7 +354,8 @@ class ScatterElements(nn.Module):
     """ONNX ``ScatterElements``.
 
     :param dim: dimension that the indices address
-    :param reduce: ``"sum"``, ``"prod"``, ``"mean"``, ``"amax"``, ``"amin"``, or ``None``: the source replaces
+    :param reduce: ``"sum"``, ``"prod"``, ``"mean"``, ``"amax"``, ``"amin"``, or ``None``: the
+        source replaces
     """
 
     def __init__(self, dim: int, reduce: str | None = None) -> None:
@@ -384,11 +391,14 @@ class GatherNd(nn.Module):
         self.batch_dims = batch_dim
 
     def forward(self, data: Tensor, indices: Tensor) -> Tensor:
-        """Elements or slices of ``data`` at ``indices`` ``[..., k]``, whose last dimension addresses the ``k`` dimensions after the batch."""
+        """Elements or slices of ``data`` at ``indices`` ``[..., k]``, whose last dimension
+        addresses the ``k`` dimensions after the batch.
+        """
         batch, k = self.batch_dims, indices.shape[-1]
         if k > data.dim() - batch:
             raise ValueError(
-                f"GatherNd: indices: expected at most {data.dim() - batch} in the last dimension, got {k}"
+                f"GatherNd: indices: expected at most {data.dim() - batch} in the last dimension, "
+                f"got {k}"
             )
         where = indices.to(torch.int64).unbind(-1)
         # An index of its own for each batch dimension, shaped to broadcast against the others.
@@ -456,12 +466,15 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x / sqrt(mean(x^2) + epsilon) * weight + bias``, computed in float32."""
         wide = x.to(torch.float32)
-        root = torch.sqrt(torch.mean(wide * wide, dim=tuple(self.axes), keepdim=True) + self.epsilon)
+        root = torch.sqrt(
+            torch.mean(wide * wide, dim=tuple(self.axes), keepdim=True) + self.epsilon
+        )
         return (wide / root * self.weight + self.bias).to(x.dtype)
 
 
 class HadamardRotation(nn.Module):
-    """Product of the last dimension with a Hadamard matrix of the greatest power of two that divides it.
+    """Product of the last dimension with a Hadamard matrix of the greatest power of two that
+    divides it.
 
     :param size: length of the last dimension
     :param scale: factor; by default the one that makes the rotation orthogonal
@@ -491,7 +504,8 @@ class HadamardRotation(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding of the first values of each head.
 
-    :param interleaved: whether the two values that rotate together are neighbours; otherwise half the dimension apart
+    :param interleaved: whether the two values that rotate together are neighbours; otherwise half
+        the dimension apart
     :param rotary_embedding_dim: how many values rotate
     :param head_size: length of the last dimension
     """
@@ -509,9 +523,11 @@ class RotaryEmbedding(nn.Module):
         sin_cache: Tensor,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Rotate ``x`` ``[batch, heads, length, head_size]`` by the angles whose cosine and sine are given.
+        """Rotate ``x`` ``[batch, heads, length, head_size]`` by the angles whose cosine and sine
+        are given.
 
-        :param cos_cache: ``[batch, length, dim / 2]``, or ``[positions, dim / 2]`` with ``position_ids`` ``[batch, length]``
+        :param cos_cache: ``[batch, length, dim / 2]``, or ``[positions, dim / 2]`` with
+            ``position_ids`` ``[batch, length]``
         :param sin_cache: likewise
         """
         rotating, rest = x.split(
@@ -536,7 +552,9 @@ def _torchvision_ops(needed_by: str) -> Any:
     try:
         import torchvision.ops
     except ImportError as error:
-        raise ImportError(f"{needed_by} needs torchvision; install it with `pip install torchvision`") from error
+        raise ImportError(
+            f"{needed_by} needs torchvision; install it with `pip install torchvision`"
+        ) from error
     return torchvision.ops
 
 
@@ -582,7 +600,8 @@ class NonMaxSuppression(nn.Module):
     def forward(self, *args: Tensor) -> Tensor:
         """Rows ``(image, class, box)``, padded with zeros to the greatest possible number.
 
-        :param args: boxes ``[images, n, 4]`` as ``(y1, x1, y2, x2)`` and scores ``[images, classes, n]``
+        :param args: boxes ``[images, n, 4]`` as ``(y1, x1, y2, x2)`` and scores ``[images, classes,
+            n]``
         """
         boxes, scores = args[0], args[1]
         limit = self.max_output_boxes_per_class
@@ -607,7 +626,7 @@ class NonMaxSuppression(nn.Module):
         return candidates[kept]
 
 
-# -- quantized twins -----------------------------------------------------------------------------------------------------
+# -- quantized twins -------------------------------------------------------------------------------
 
 QuantizedAMax = stateless(AMax)
 QuantizedAMin = stateless(AMin)
@@ -636,24 +655,26 @@ def _quantized_batch_norm(
 ) -> Any:
     """``torch.nn.functional.batch_norm`` on quantized tensors.
 
-    :raises RuntimeError: in training mode with a quantizer for the running statistics: these are updated in place
+    :raises RuntimeError: in training mode with a quantizer for the running statistics: these are
+        updated in place
     """
     slots = self._modules["input_quantizers"]._modules
     if training and (slots["1"] is not None or slots["2"] is not None):
         raise RuntimeError(
-            "QuantizedBatchNorm: input_quantizers[1], input_quantizers[2]: the running statistics cannot be "
-            "quantized while they are updated (training=True)"
+            "QuantizedBatchNorm: input_quantizers[1], input_quantizers[2]: the running statistics "
+            "cannot be quantized while they are updated (training=True)"
         )
     # Statistics have no gradient, and torch refuses those that ask for one.
     with torch.no_grad():
-        statistics = tuple(
-            quantize_each(
-                self, "input_quantizers", {"0": slots["1"], "1": slots["2"]}, (running_mean, running_var)
-            )
+        mean, variance = quantize_each(
+            self,
+            "input_quantizers",
+            {"0": slots["1"], "1": slots["2"]},
+            (running_mean, running_var),
         )
     others = {"0": slots["0"], "1": slots["3"], "2": slots["4"]}
     x, weight, bias = quantize_each(self, "input_quantizers", others, (input, weight, bias))
-    output = F.batch_norm(x, *statistics, weight, bias, training, momentum, eps)
+    output = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
     return quantize_outputs(self, output)
 
 

@@ -344,7 +344,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
     def _forward_tensor(self, input: torch.Tensor) -> torch.Tensor:
         if self._calibrating:
-            self._observe(_as_plain(input))
+            input = _as_plain(input)
+            self._observe(input)
             return input
         low, high = self._range()
         if isinstance(input, QuantizedTensorBase):
@@ -365,7 +366,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         """
         if self._calibrating:
             if self._pass_through:
-                return self._forward_tensor(input)
+                self._forward_tensor(input)
+                return input
             input = _as_plain(input)
             low, high = self._dynamic_range(input, self._observe(input))
         else:

@@ -168,9 +168,9 @@ class QuantizerBase(ABC, nn.Module):
         self._initial_values.pop(name, None)
         if param is not None:
             values = param.detach()
-            all_nan = not values.is_meta and bool(values.isnan().all())
-            # NaN needs no copy: it is recognized by itself.
-            self._initial_values[name] = None if all_nan else values.clone()
+            # NaN needs no copy, it is recognized by itself; a meta tensor has no values to keep.
+            known = values.is_meta or bool(values.isnan().all())
+            self._initial_values[name] = None if known else values.clone()
             self._is_overwrite_allowed.setdefault(name, True)
         self._ready = False
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rimet.quantization.float._format import TORCH_FORMATS
+
 __all__ = ["_float_qdq", "_float_quantize", "_scale_like"]
 
 
@@ -47,10 +49,26 @@ def _scale_like(
     return scale
 
 
+# Where torch has the format as a dtype, its cast rounds the same way in one pass (by way of float32
+# only: a float64 would be rounded twice). A format is known by its values, which no two
+# of them share.
+_TORCH_DTYPES = {
+    (form.mantissa_bits, form.min_exponent, form.max, form.unsigned_zero): dtype
+    for dtype, form in TORCH_FORMATS.items()
+}
+
+
 def _round_to_format(
-    input: torch.Tensor, mantissa_bits: int, min_exponent: int, max_value: float
+    input: torch.Tensor,
+    mantissa_bits: int,
+    min_exponent: int,
+    max_value: float,
+    unsigned_zero: bool,
 ) -> torch.Tensor:
     """Nearest values of a format, half to even, saturating."""
+    dtype = _TORCH_DTYPES.get((mantissa_bits, min_exponent, max_value, unsigned_zero))
+    if dtype is not None and input.dtype is torch.float32:
+        return input.clamp(-max_value, max_value).to(dtype).to(torch.float32)
     exponent = torch.frexp(input).exponent.sub_(1).clamp_(min=min_exponent).sub_(mantissa_bits)
     # Scaling by a power of two in two halves: a single one need not be representable.
     half = torch.div(exponent, 2, rounding_mode="floor")
@@ -61,7 +79,8 @@ def _round_to_format(
     rounded = torch.where(
         input.isinf(), torch.copysign(torch.full_like(input, max_value), input), rounded
     )
-    return torch.where(input.isnan(), input, rounded)
+    rounded = torch.where(input.isnan(), input, rounded)
+    return rounded + 0.0 if unsigned_zero else rounded
 
 
 class _FloatGrid(torch.autograd.Function):
@@ -79,14 +98,12 @@ class _FloatGrid(torch.autograd.Function):
         dequantize: bool,
     ) -> torch.Tensor:
         compute = torch.promote_types(input.dtype, torch.float32)
-        if min_exponent - mantissa_bits < -126:
+        if min_exponent - mantissa_bits < -126 and max_value != torch.finfo(torch.bfloat16).max:
             compute = torch.float64
         wide_scale = scale.to(compute)
         value = _round_to_format(
-            input.to(compute) / wide_scale, mantissa_bits, min_exponent, max_value
+            input.to(compute) / wide_scale, mantissa_bits, min_exponent, max_value, unsigned_zero
         )
-        if unsigned_zero:
-            value = value + 0.0
         ctx.save_for_backward(input, scale, value)
         ctx.max_value = max_value
         ctx.dequantize = dequantize

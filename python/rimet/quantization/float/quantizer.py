@@ -220,7 +220,7 @@ class FloatQuantizeDequantize(QuantizerBase):
         plain = self._check_input(input)
         if self._calibrating:
             self._observe(plain)
-            return input
+            return plain
         return self._kernel(plain, self.maxval)
 
     def forward(self, input: torch.Tensor) -> Any:
@@ -236,7 +236,8 @@ class FloatQuantizeDequantize(QuantizerBase):
         :raises TypeError: not a floating-point tensor
         """
         if self._calibrating and self._pass_through:
-            return self._forward_tensor(input)
+            self._forward_tensor(input)
+            return input
         input = self._check_input(input)
         maxval = self.maxval
         if self._calibrating:

@@ -1,0 +1,402 @@
+"""Every op of the namespace: samples, an independent reference, opcheck, gradients, shapes on Meta.
+
+The list of ops comes from torch's registry, so an op without an entry here fails the first test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch.library import opcheck
+
+import rimet
+
+OPS = torch.ops.rimet
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+# Ops that are the backward of another one: checked through it.
+BACKWARD = {
+    "quantize_backward",
+    "dequantize_backward",
+    "quantize_dequantize_backward",
+    "quantize_dequantize_range_backward",
+    "range_to_scale_offset_backward",
+}
+# Not a tensor op.
+PLAIN = {"_version"}
+
+
+@dataclass
+class Geometry:
+    """Shapes of an input and its encodings, and how the input lies in memory."""
+
+    input: tuple[int, ...]
+    encoding: tuple[int, ...]
+    block: list[int] | None = None
+    layout: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+
+
+GEOMETRIES = {
+    "per-tensor": Geometry((3, 5, 7), ()),
+    "per-tensor-one": Geometry((129,), (1,)),
+    "scalar": Geometry((), ()),
+    "empty": Geometry((0, 4), ()),
+    "per-channel-0": Geometry((6, 3, 5, 5), (6, 1, 1, 1)),
+    "per-channel-1": Geometry((4, 6, 3, 3), (6, 1, 1)),
+    "per-channel-last": Geometry((5, 40), (40,)),
+    "per-element": Geometry((4, 9), (4, 9)),
+    "blocks": Geometry((6, 48), (6, 3), [1, 16]),
+    "blocks-of-conv": Geometry((4, 8, 3, 3), (4, 2, 1, 1), [1, 4, 3, 3]),
+    "blocks-inferred": Geometry((4, 12), (2, 3), [-1, -1]),
+    "blocks-of-few": Geometry((5, 12), (5, 6), [1, 2]),
+    "channels-last": Geometry(
+        (2, 20, 4, 5), (20, 1, 1), None, lambda t: t.to(memory_format=torch.channels_last)
+    ),
+    "transposed": Geometry((8, 40), (8, 1), None, lambda t: t.t().contiguous().t()),
+    "strided": Geometry((6, 10), (6, 1), None, lambda t: t.repeat_interleave(2, dim=1)[:, ::2]),
+    "expanded": Geometry((4, 6), (), None, lambda t: t[:1].expand_as(t)),
+    "chunks": Geometry((70_001,), ()),
+    "long-runs": Geometry((3, 40_000), (3, 1)),
+}
+
+
+def tensors(g: Geometry, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    """An input around the grid, with its encodings as (scale, offset) and as (min, max)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    # Scales that are not powers of two; offsets are integers; the range holds zero.
+    scale = (0.05 + rand(g.encoding)).float()
+    offset = torch.floor(rand(g.encoding) * 8 - 12).float()
+    x = (torch.randn(g.input, generator=generator, dtype=torch.float64) * 4).to(dtype)
+    return {
+        "x": g.layout(x),
+        "grad": g.layout(torch.randn(g.input, generator=generator, dtype=torch.float64).to(dtype)),
+        "scale": scale,
+        "offset": offset,
+        "min": -(0.2 + 3 * rand(g.encoding)).float(),
+        "max": (0.2 + 3 * rand(g.encoding)).float(),
+    }
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+QMIN, QMAX = 0, 15
+
+# name -> (names of its tensors, call of the op, call of the reference)
+ENTRIES: dict[str, tuple[list[str], Callable[..., Any], Callable[..., Any]]] = {
+    "quantize": (
+        ["x", "scale", "offset"],
+        lambda g, x, s, o: OPS.quantize(x, s, o, QMIN, QMAX, g.block),
+        lambda g, x, s, o, **k: reference.quantize(x, s, o, QMIN, QMAX, block_size=g.block, **k),
+    ),
+    "dequantize": (
+        ["x", "scale", "offset"],
+        lambda g, x, s, o: OPS.dequantize(x, s, o, g.block),
+        lambda g, x, s, o, **k: reference.dequantize(x, s, o, block_size=g.block, **k),
+    ),
+    "quantize_dequantize": (
+        ["x", "scale", "offset"],
+        lambda g, x, s, o: OPS.quantize_dequantize(x, s, o, QMIN, QMAX, 0.0, g.block),
+        lambda g, x, s, o, **k: reference.quantize_dequantize(
+            x, s, o, QMIN, QMAX, block_size=g.block, **k
+        ),
+    ),
+    "quantize_dequantize_range": (
+        ["x", "min", "max"],
+        lambda g, x, a, b: OPS.quantize_dequantize_range(
+            x, a, b, QMIN, QMAX, False, 0.0, g.block
+        ),
+        lambda g, x, a, b, **k: reference.quantize_dequantize_range(
+            x, a, b, QMIN, QMAX, False, block_size=g.block, **k
+        ),
+    ),
+}
+GRADIENTS: dict[str, Callable[..., Any]] = {
+    "quantize": lambda g, grad, x, s, o: reference.quantize_grad(
+        grad, x, s, o, QMIN, QMAX, block_size=g.block
+    ),
+    "dequantize": lambda g, grad, x, s, o: reference.dequantize_grad(
+        grad, x, s, o, block_size=g.block
+    ),
+    "quantize_dequantize": lambda g, grad, x, s, o: reference.quantize_dequantize_grad(
+        grad, x, s, o, QMIN, QMAX, block_size=g.block
+    ),
+    "quantize_dequantize_range": lambda g, grad, x, a, b: (
+        reference.quantize_dequantize_range_grad(
+            grad, x, a, b, QMIN, QMAX, False, block_size=g.block
+        )
+    ),
+}
+OTHER = {"range_to_scale_offset", "min_max"}
+
+
+def test_every_op_is_listed() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("rimet::")
+    }
+    assert registered == set(ENTRIES) | OTHER | BACKWARD | PLAIN
+    assert set(GRADIENTS) == set(ENTRIES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_forward_is_the_reference_bit_for_bit(
+    name: str, geometry: str, dtype: torch.dtype
+) -> None:
+    g = GEOMETRIES[geometry]
+    names, op, ref = ENTRIES[name]
+    data = tensors(g, dtype)
+    arguments = [data[n] for n in names]
+    result = op(g, *arguments)
+    assert result.dtype == dtype and result.shape == arguments[0].shape
+    # The reference in the kernel's precision: the same operations, so the same bits.
+    expected = ref(g, *arguments, compute_dtype=compute_dtype(dtype))
+    torch.testing.assert_close(result, expected.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != "empty"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_gradients_are_the_closed_form(name: str, geometry: str, dtype: torch.dtype) -> None:
+    g = GEOMETRIES[geometry]
+    names, op, _ = ENTRIES[name]
+    data = tensors(g, dtype)
+    arguments = [data[n].detach().to(dtype).requires_grad_() for n in names]
+    result = op(g, *arguments)
+    got = torch.autograd.grad(result, arguments, data["grad"])
+    expected = GRADIENTS[name](g, data["grad"], *[a.detach() for a in arguments])
+    # The reference is float64; float32 terms carry 2^-24 each and cancel by at most a few digits.
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for a, b, argument in zip(got, expected, arguments, strict=True):
+        assert a.shape == argument.shape and a.dtype == argument.dtype
+        scale = max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", ["quantize", "quantize_dequantize", "dequantize"])
+def test_smooth_directions_pass_gradcheck(name: str) -> None:
+    # Dequantize is smooth everywhere; the others are constant off the grid, where x clips.
+    g = Geometry((3, 4), (3, 1))
+    data = tensors(g, torch.float64)
+    scale = data["scale"].double().requires_grad_()
+    offset = data["offset"].double().requires_grad_()
+    x = (torch.full((3, 4), 1e3, dtype=torch.float64)).requires_grad_()
+    _, op, _ = ENTRIES[name]
+    assert torch.autograd.gradcheck(lambda *a: op(g, *a), (x, scale, offset))
+
+
+@pytest.mark.parametrize("geometry", ["per-tensor", "per-channel-0", "blocks", "channels-last"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_opcheck(name: str, geometry: str) -> None:
+    g = GEOMETRIES[geometry]
+    names, _, _ = ENTRIES[name]
+    data = tensors(g, torch.float32)
+    arguments = [data[n].detach().requires_grad_() for n in names]
+    plain: dict[str, tuple[Any, ...]] = {
+        "quantize": (QMIN, QMAX, g.block),
+        "dequantize": (g.block,),
+        "quantize_dequantize": (QMIN, QMAX, 0.0, g.block),
+        "quantize_dequantize_range": (QMIN, QMAX, False, 0.0, g.block),
+    }
+    opcheck(getattr(OPS, name).default, (*arguments, *plain[name]))
+
+
+def test_opcheck_of_the_others() -> None:
+    low, high = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.5])
+    opcheck(
+        OPS.range_to_scale_offset.default,
+        (low.requires_grad_(), high.requires_grad_(), 0, 255, False),
+    )
+    opcheck(OPS.min_max.default, (torch.randn(4, 6), [4, 2], [1, 3]))
+
+
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != "empty"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_min_max(geometry: str, dtype: torch.dtype) -> None:
+    g = GEOMETRIES[geometry]
+    x = tensors(g, dtype)["x"]
+    for got, expected in zip(
+        OPS.min_max(x, g.encoding, g.block),
+        reference.min_max(x, g.encoding, g.block),
+        strict=True,
+    ):
+        assert got.dtype == dtype and got.shape == g.encoding
+        assert torch.equal(got, expected.to(dtype))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_range_to_scale_offset(symmetric: bool) -> None:
+    data = tensors(Geometry((7,), (7,)), torch.float32)
+    low, high = data["min"].requires_grad_(), data["max"].requires_grad_()
+    got = OPS.range_to_scale_offset(low, high, -8, 7, symmetric)
+    expected = reference.range_to_scale_offset(
+        low.detach(), high.detach(), -8, 7, symmetric, compute_dtype=torch.float32
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_instruction_sets_give_the_same_bits(isa: str, geometry: str) -> None:
+    g = GEOMETRIES[geometry]
+    if not rimet._core.force_cpu_isa(isa):
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        for dtype in DTYPES:
+            data = tensors(g, dtype)
+            for name, (names, op, _) in ENTRIES.items():
+
+                def run() -> list[torch.Tensor]:
+                    arguments = [data[n].detach().requires_grad_() for n in names]  # noqa: B023
+                    y = op(g, *arguments)  # noqa: B023
+                    return [y.detach(), *torch.autograd.grad(y, arguments, data["grad"])]  # noqa: B023
+
+                rimet._core.force_cpu_isa(isa)
+                narrow = run()
+                rimet._core.force_cpu_isa(None)
+                for a, b in zip(narrow, run(), strict=True):
+                    assert torch.equal(a, b), name
+    finally:
+        rimet._core.force_cpu_isa(None)
+
+
+def test_threads_do_not_change_the_sums() -> None:
+    g = GEOMETRIES["chunks"]
+    data = tensors(g, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            arguments = [data[k].detach().requires_grad_() for k in ("x", "min", "max")]
+            y = OPS.quantize_dequantize_range(*arguments, 0, 15, False)
+            results.append(torch.autograd.grad(y, arguments, data["grad"]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_devices_without_kernels_compute_the_same() -> None:
+    # The fallback in tensor ops serves them; called here on CPU tensors under its own key.
+    for geometry in ("per-tensor", "per-channel-1", "blocks", "channels-last", "strided"):
+        g = GEOMETRIES[geometry]
+        data = tensors(g, torch.float32)
+        x, a, b = data["x"], data["min"], data["max"]
+        kernel = torch.ops.rimet.quantize_dequantize_range.default._op_dk
+        y = kernel(
+            torch._C.DispatchKey.CompositeExplicitAutograd, x, a, b, 0, 15, False, 0.0, g.block
+        )
+        assert torch.equal(y, OPS.quantize_dequantize_range(x, a, b, 0, 15, False, 0.0, g.block))
+
+
+def test_grids_beyond_float32_are_computed_in_float64() -> None:
+    x = torch.tensor([0.1, -3.7, 123.456, 2e9], dtype=torch.float32)
+    scale, offset = torch.tensor(1e-7), torch.tensor(0.0)
+    y = OPS.quantize_dequantize(x, scale, offset, -(2**31), 2**31 - 1)
+    s = scale.double()
+    expected = ((x.double() / s).round().clamp(-(2**31), 2**31 - 1) * s).float()
+    assert torch.equal(y, expected)
+
+
+def test_nan_and_infinity() -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.3] * 9)
+    y = OPS.quantize_dequantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7)
+    assert y[0].isnan() and torch.equal(y[1:4], torch.tensor([7.0, -8.0, 3.0]) * 0.1)
+    low, high = OPS.min_max(x, [])
+    assert low.isnan() and high.isnan()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x, s: OPS.quantize(x, s, s, 5, 5), ValueError, ["qmin", "quantize"]),
+        (lambda x, s: OPS.quantize(x, s, s[:1], 0, 5), ValueError, ["offset", "[3]"]),
+        (lambda x, s: OPS.quantize(x, s, s, 0, 5), ValueError, ["scale", "[4, 6]", "[3]"]),
+        (lambda x, s: OPS.quantize(x, s, s, 0, 5, [4]), ValueError, ["block_size", "6"]),
+        (lambda x, s: OPS.quantize(x, s, s, 0, 5, [1, 2]), ValueError, ["block_size", "1 dim"]),
+        (lambda x, s: OPS.quantize(x.int(), s, s, 0, 5, [2]), TypeError, ["float16"]),
+        (lambda x, s: OPS.quantize(x, s.int(), s.int(), 0, 5, [2]), TypeError, ["scale"]),
+        (lambda x, s: OPS.quantize_dequantize(x, s, s, 0, 5, 0.3, [2]), ValueError, ["shift"]),
+        (lambda x, s: OPS.quantize(x, s, s, 0, 2**40, [2]), ValueError, ["32 bits"]),
+        (lambda x, s: OPS.min_max(x[:0], [1]), ValueError, ["empty", "[0, 6]"]),
+    ],
+)
+def test_hostile_input_is_a_typed_error(
+    call: Callable[..., Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        call(torch.randn(4, 6), torch.rand(3))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_double_backward_is_refused() -> None:
+    x = torch.randn(8, requires_grad=True)
+    scale, offset = torch.tensor(0.1), torch.tensor(0.0)
+    y = OPS.quantize_dequantize(x * 2, scale, offset, -8, 7)
+    (grad,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="derivative|not implemented"):
+        grad.sum().backward()
+
+
+class _Module(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.low = torch.nn.Parameter(torch.tensor(-1.0))
+        self.high = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return torch.ops.rimet.quantize_dequantize_range(
+            y, self.low, self.high, -8, 7, True, 0.0, None
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_trace_compile_export_autocast(tmp_path: Any) -> None:
+    module, x = _Module().eval(), torch.randn(2, 3, 8, 8)
+    expected = module(x)
+    path = str(tmp_path / "module.pt")
+    torch.jit.save(torch.jit.trace(module, x), path)
+    assert torch.equal(torch.jit.load(path)(x), expected)
+    assert torch.equal(torch.jit.script(module)(x), expected)
+    assert torch.equal(torch.export.export(module, (x,)).module()(x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    result = compiled(x)
+    assert torch.equal(result, expected)
+    result.sum().backward()
+    assert module.low.grad is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = module(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.15)
+
+
+def test_threads_of_python_get_the_same_results() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    data = tensors(GEOMETRIES["chunks"], torch.float32)
+    expected = OPS.quantize_dequantize_range(data["x"], data["min"], data["max"], 0, 15, False)
+
+    def call(_: int) -> bool:
+        y = OPS.quantize_dequantize_range(data["x"], data["min"], data["max"], 0, 15, False)
+        return torch.equal(y, expected)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(64)))
