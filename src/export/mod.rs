@@ -118,6 +118,9 @@ pub enum Side {
     Output,
 }
 
+/// An encoding and the tensor it belongs to.
+pub type Named<'e> = (String, &'e Encoding);
+
 /// The encodings of a model by module names.
 #[derive(Debug, Clone, Default)]
 pub struct ModelEncodings {
@@ -132,7 +135,7 @@ pub struct ModelEncodings {
 
 impl ModelEncodings {
     /// Activations and parameters by tensor name; activations are called `module.input.0`, `module.output.0`.
-    pub fn by_tensor(&self) -> (Vec<(String, &Encoding)>, Vec<(String, &Encoding)>) {
+    pub fn by_tensor(&self) -> (Vec<Named<'_>>, Vec<Named<'_>>) {
         let activations = self
             .activations
             .iter()

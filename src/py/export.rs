@@ -55,14 +55,13 @@ fn encoding(dict: &Bound<'_, PyDict>) -> PyResult<Encoding> {
             zero_point_shift: get_optional(dict, "zero_point_shift")?.unwrap_or(0.0),
         },
     };
-    let grouped = match get_optional::<(u32, Vec<i64>, Vec<f64>)>(dict, "grouped")? {
-        Some((compressed_bitwidth, per_block_int_scale, per_channel_scale)) => Some(Grouped {
+    let grouped = get_optional::<(u32, Vec<i64>, Vec<f64>)>(dict, "grouped")?.map(
+        |(compressed_bitwidth, per_block_int_scale, per_channel_scale)| Grouped {
             compressed_bitwidth,
             per_block_int_scale,
             per_channel_scale,
-        }),
-        None => None,
-    };
+        },
+    );
     Ok(Encoding {
         grid,
         shape: get(dict, "shape")?,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rimet._graph import Twin
+from rimet._graph import Recording, Twin
 from rimet.common.defs import QuantScheme
 from rimet.nn import BaseQuantizationMixin, QuantizationMixin, UnknownModuleError
 from rimet.quantization import encoding_analyzer
@@ -203,6 +203,27 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
             if child is not None and id(child) in replacements:
                 parent._modules[name] = replacements[id(child)]
     return model
+
+
+def bypassed(recording: Recording, twins: dict[str, nn.Module]) -> list[str]:
+    """Paths of modules that did not run while a function outside of them used their parameters.
+
+    Quantizers of such modules have nothing to quantize: the function takes the parameters as they
+    are.
+    """
+    idle = {
+        module["path"]
+        for module in recording.graph.modules()
+        if module["path"] in twins and not module["calls"]
+    }
+    if not idle:
+        return []
+    used = {
+        tensor["name"].rpartition(".")[0]
+        for tensor in recording.graph.tensors()
+        if tensor["kind"] == "parameter" and tensor["consumers"]
+    }
+    return sorted(idle & used)
 
 
 def forbid_fast_paths(model: nn.Module) -> None:

@@ -46,9 +46,7 @@ Selection = (
 )
 
 
-def _selected(
-    sim: QuantizationSimModel, arg: Selection
-) -> Iterator[tuple[str, Any]]:
+def _selected(sim: QuantizationSimModel, arg: Selection) -> Iterator[tuple[str, Any]]:
     """Quantized modules that a list of types, a list of modules or a predicate means."""
     if isinstance(arg, nn.Module | type):
         arg = [arg]  # type: ignore[assignment]

@@ -213,11 +213,16 @@ class QuantizationSimModel:
         replacements = {id(recording.modules[path]): twin for path, twin in twins.items()}
         self.model = _placing.replace_modules(model, replacements)
         _placing.forbid_fast_paths(self.model)
+        for path in _placing.bypassed(recording, twins):
+            logger.warning(
+                "%s did not run itself: something else computed with its parameters, so they "
+                "are not quantized",
+                path,
+            )
         for reused in plan["reused"]:
             logger.warning(
                 "%s runs more than once and holds no parameters: it gets no quantizers, since one "
-                "range "
-                "would serve different tensors",
+                "range would serve different tensors",
                 reused,
             )
 

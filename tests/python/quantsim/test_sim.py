@@ -393,6 +393,23 @@ def test_the_fused_encoder_layer_does_not_bypass_the_quantizers() -> None:
         torch.testing.assert_close(plain(x), fused)
 
 
+class UsesAnothersWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.idle = nn.Linear(4, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.embed(tokens), self.head.weight)
+
+
+def test_modules_that_others_compute_for_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="rimet"):
+        QuantizationSimModel(UsesAnothersWeight(), torch.tensor([1, 2]))
+    assert [r.args for r in caplog.records if "did not run itself" in r.msg] == [("head",)]
+
+
 # Files
 
 
