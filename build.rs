@@ -24,11 +24,21 @@ fn main() {
         std::env::var("DEP_TCH_LIBTORCH_LIB")
             .expect("torch-sys gives DEP_TCH_LIBTORCH_LIB to the crates that use it"),
     );
-    let include = lib.parent().expect("libtorch/lib has a parent").join("include");
+    let include = lib
+        .parent()
+        .expect("libtorch/lib has a parent")
+        .join("include");
     let abi = if std::env::var_os("LIBTORCH_USE_PYTORCH").is_some() {
-        let python = if std::env::var_os("VIRTUAL_ENV").is_some() { "python" } else { "python3" };
+        let python = if std::env::var_os("VIRTUAL_ENV").is_some() {
+            "python"
+        } else {
+            "python3"
+        };
         let output = Command::new(python)
-            .args(["-c", "import torch; print(int(torch._C._GLIBCXX_USE_CXX11_ABI))"])
+            .args([
+                "-c",
+                "import torch; print(int(torch._C._GLIBCXX_USE_CXX11_ABI))",
+            ])
             .output()
             .expect("python with torch can be run: torch-sys has just done so");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
@@ -46,7 +56,10 @@ fn main() {
         .warnings(false)
         // torch's headers are not ours to warn about.
         .flag(format!("-isystem{}", include.display()))
-        .flag(format!("-isystem{}", include.join("torch/csrc/api/include").display()))
+        .flag(format!(
+            "-isystem{}",
+            include.join("torch/csrc/api/include").display()
+        ))
         .flag("-Wall")
         .flag("-fvisibility=hidden")
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())

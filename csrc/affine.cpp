@@ -1,11 +1,11 @@
-// quantize, dequantize, quantize_dequantize (from scale and offset, or from a range): CPU kernels of
-// the engine, shapes for Meta, and the dispatcher's entry points.
-
-#include "ops.h"
+// quantize, dequantize, quantize_dequantize (from scale and offset, or from a range): CPU kernels
+// of the engine, shapes for Meta, and the dispatcher's entry points.
 
 #include <ATen/TensorUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/Resize.h>
+
+#include "ops.h"
 
 namespace rimet {
 
@@ -158,7 +158,8 @@ Tensor affine_forward_meta(const AffineArgs& args, const Tensor& input, const Te
 
 Grads affine_backward_meta(const AffineArgs& args, const Tensor& grad, const Tensor& input,
                            const Tensor& first, const Tensor& second, Mask mask) {
-  return {mask[0] ? at::empty_like(input) : Tensor(), mask[1] ? at::empty_like(first, at::MemoryFormat::Contiguous) : Tensor(),
+  return {mask[0] ? at::empty_like(input) : Tensor(),
+          mask[1] ? at::empty_like(first, at::MemoryFormat::Contiguous) : Tensor(),
           mask[2] ? at::empty_like(second, at::MemoryFormat::Contiguous) : Tensor()};
 }
 
@@ -214,36 +215,32 @@ using BackwardFn = Grads(const AffineArgs&, const Tensor&, const Tensor&, const 
 // The four ops and their backward passes for one kind of device.
 template <ForwardFn* forward, BackwardFn* backward>
 void register_affine(torch::Library& m) {
-  m.impl("quantize", [](const Tensor& x, const Tensor& s, const Tensor& o, int64_t qmin,
-                        int64_t qmax, Block block) {
-    return forward(quantize_args(qmin, qmax, block), x, s, o);
-  });
+  m.impl("quantize",
+         [](const Tensor& x, const Tensor& s, const Tensor& o, int64_t qmin, int64_t qmax,
+            Block block) { return forward(quantize_args(qmin, qmax, block), x, s, o); });
   m.impl("dequantize", [](const Tensor& x, const Tensor& s, const Tensor& o, Block block) {
     return forward(dequantize_args(block), x, s, o);
   });
-  m.impl("quantize_dequantize",
-         [](const Tensor& x, const Tensor& s, const Tensor& o, int64_t qmin, int64_t qmax,
-            double shift, Block block) {
-           return forward(qdq_args(qmin, qmax, shift, block), x, s, o);
-         });
+  m.impl("quantize_dequantize", [](const Tensor& x, const Tensor& s, const Tensor& o, int64_t qmin,
+                                   int64_t qmax, double shift, Block block) {
+    return forward(qdq_args(qmin, qmax, shift, block), x, s, o);
+  });
   m.impl("quantize_dequantize_range",
          [](const Tensor& x, const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
             bool symmetric, double shift, Block block) {
            return forward(range_args(qmin, qmax, symmetric, shift, block), x, min, max);
          });
-  m.impl("quantize_backward",
-         [](const Tensor& g, const Tensor& x, const Tensor& s, const Tensor& o, int64_t qmin,
-            int64_t qmax, Block block, Mask mask) {
-           return backward(quantize_args(qmin, qmax, block), g, x, s, o, mask);
-         });
+  m.impl("quantize_backward", [](const Tensor& g, const Tensor& x, const Tensor& s, const Tensor& o,
+                                 int64_t qmin, int64_t qmax, Block block, Mask mask) {
+    return backward(quantize_args(qmin, qmax, block), g, x, s, o, mask);
+  });
   m.impl("dequantize_backward",
          [](const Tensor& g, const Tensor& x, const Tensor& s, const Tensor& o, Block block,
             Mask mask) { return backward(dequantize_args(block), g, x, s, o, mask); });
   m.impl("quantize_dequantize_backward",
          [](const Tensor& g, const Tensor& x, const Tensor& s, const Tensor& o, int64_t qmin,
-            int64_t qmax, double shift, Block block, Mask mask) {
-           return backward(qdq_args(qmin, qmax, shift, block), g, x, s, o, mask);
-         });
+            int64_t qmax, double shift, Block block,
+            Mask mask) { return backward(qdq_args(qmin, qmax, shift, block), g, x, s, o, mask); });
   m.impl("quantize_dequantize_range_backward",
          [](const Tensor& g, const Tensor& x, const Tensor& min, const Tensor& max, int64_t qmin,
             int64_t qmax, bool symmetric, double shift, Block block, Mask mask) {
@@ -287,14 +284,13 @@ Pair range_to_scale_offset_backward_cpu(const Tensor& grad_scale, const Tensor& 
 Pair range_to_scale_offset_composite(const Tensor& min, const Tensor& max, int64_t qmin,
                                      int64_t qmax, bool symmetric) {
   // A few numbers per tensor: compute them on the CPU's rule, on the CPU.
-  auto [scale, offset] =
-      range_to_scale_offset_cpu(min.cpu(), max.cpu(), qmin, qmax, symmetric);
+  auto [scale, offset] = range_to_scale_offset_cpu(min.cpu(), max.cpu(), qmin, qmax, symmetric);
   return {scale.to(min.device()), offset.to(min.device())};
 }
 
-Pair range_to_scale_offset_backward_composite(const Tensor& gs, const Tensor& go,
-                                              const Tensor& min, const Tensor& max, int64_t qmin,
-                                              int64_t qmax, bool symmetric) {
+Pair range_to_scale_offset_backward_composite(const Tensor& gs, const Tensor& go, const Tensor& min,
+                                              const Tensor& max, int64_t qmin, int64_t qmax,
+                                              bool symmetric) {
   auto [a, b] = range_to_scale_offset_backward_cpu(gs.cpu(), go.cpu(), min.cpu(), max.cpu(), qmin,
                                                    qmax, symmetric);
   return {a.to(min.device()), b.to(min.device())};
@@ -302,8 +298,8 @@ Pair range_to_scale_offset_backward_composite(const Tensor& gs, const Tensor& go
 
 Pair range_to_scale_offset_meta(const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
                                 bool symmetric) {
-  const auto type = range_args(qmin, qmax, symmetric, 0.0, std::nullopt)
-                        .compute_type(min.scalar_type());
+  const auto type =
+      range_args(qmin, qmax, symmetric, 0.0, std::nullopt).compute_type(min.scalar_type());
   const auto options = min.options().dtype(type);
   return {at::empty_symint(min.sym_sizes(), options), at::empty_symint(min.sym_sizes(), options)};
 }

@@ -31,8 +31,8 @@ const T& argument(const T& value) {
 }
 Block argument(const std::optional<std::vector<int64_t>>& block) { return as_ref(block); }
 
-// What autograd needs of an op: its handle, its backward's handle, and its plain arguments as a tuple.
-// The block size comes last.
+// What autograd needs of an op: its handle, its backward's handle, and its plain arguments as a
+// tuple. The block size comes last.
 template <class Op>
 struct Function : torch::autograd::Function<Function<Op>> {
   template <class... Plain>
@@ -56,12 +56,11 @@ struct Function : torch::autograd::Function<Function<Op>> {
   }
 };
 
-#define RIMET_HANDLE(op, ...)                                                      \
-  ([]() -> auto& {                                                                 \
-    static auto handle = c10::Dispatcher::singleton()                              \
-                             .findSchemaOrThrow("rimet::" op, "")                  \
-                             .typed<__VA_ARGS__>();                                \
-    return handle;                                                                 \
+#define RIMET_HANDLE(op, ...)                                                                  \
+  ([]() -> auto& {                                                                             \
+    static auto handle =                                                                       \
+        c10::Dispatcher::singleton().findSchemaOrThrow("rimet::" op, "").typed<__VA_ARGS__>(); \
+    return handle;                                                                             \
   }())
 
 using QuantizeSig = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, Block);
@@ -75,9 +74,9 @@ struct QuantizeOp {
   static auto& forward() { return RIMET_HANDLE("quantize", QuantizeSig); }
   static Grads backward(AutogradContext& c, const Tensor& g, const Tensor& x, const Tensor& s,
                         const Tensor& o, Mask mask) {
-    auto& handle = RIMET_HANDLE("quantize_backward",
-                                Grads(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                      int64_t, int64_t, Block, Mask));
+    auto& handle =
+        RIMET_HANDLE("quantize_backward", Grads(const Tensor&, const Tensor&, const Tensor&,
+                                                const Tensor&, int64_t, int64_t, Block, Mask));
     const auto block = saved_block(c, "2");
     return handle.call(g, x, s, o, c.saved_data["0"].toInt(), c.saved_data["1"].toInt(),
                        as_ref(block), mask);
@@ -89,9 +88,9 @@ struct DequantizeOp {
   static auto& forward() { return RIMET_HANDLE("dequantize", DequantizeSig); }
   static Grads backward(AutogradContext& c, const Tensor& g, const Tensor& x, const Tensor& s,
                         const Tensor& o, Mask mask) {
-    auto& handle =
-        RIMET_HANDLE("dequantize_backward", Grads(const Tensor&, const Tensor&, const Tensor&,
-                                                  const Tensor&, Block, Mask));
+    auto& handle = RIMET_HANDLE(
+        "dequantize_backward",
+        Grads(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Block, Mask));
     const auto block = saved_block(c, "0");
     return handle.call(g, x, s, o, as_ref(block), mask);
   }
@@ -160,9 +159,9 @@ struct RangeToScaleOffset : torch::autograd::Function<RangeToScaleOffset> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    auto& handle = RIMET_HANDLE("range_to_scale_offset_backward",
-                                Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                     int64_t, int64_t, bool));
+    auto& handle = RIMET_HANDLE(
+        "range_to_scale_offset_backward",
+        Pair(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool));
     const auto saved = context->get_saved_variables();
     auto& data = context->saved_data;
     const auto grad = [&](size_t i) {

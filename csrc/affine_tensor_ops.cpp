@@ -14,9 +14,9 @@ struct Blocks {
 
   Blocks(const char* op, at::IntArrayRef input, at::IntArrayRef groups,
          const std::optional<std::vector<int64_t>>& block) {
-    TORCH_CHECK_VALUE(groups.size() <= input.size() || c10::multiply_integers(groups) == 1, "rimet::",
-                      op, ": scale: expected a shape that broadcasts to the input's ", input,
-                      ", got ", groups);
+    TORCH_CHECK_VALUE(groups.size() <= input.size() || c10::multiply_integers(groups) == 1,
+                      "rimet::", op, ": scale: expected a shape that broadcasts to the input's ",
+                      input, ", got ", groups);
     const size_t skip = groups.size() > input.size() ? groups.size() - input.size() : 0;
     const size_t lead = input.size() - (groups.size() - skip);
     for (size_t i = 0; i < input.size(); ++i) {

@@ -14,8 +14,8 @@ struct RimetView {
   int32_t dtype;
 };
 
-// How a tensor is quantized. first and second: contiguous arrays of the compute type (scale and offset,
-// or min and max if is_range); null where only shapes are looked at.
+// How a tensor is quantized. first and second: contiguous arrays of the compute type (scale and
+// offset, or min and max if is_range); null where only shapes are looked at.
 struct RimetAffine {
   const void* first;
   const void* second;
@@ -32,8 +32,8 @@ struct RimetAffine {
   int32_t double_compute;  // 0 float32, 1 float64
 };
 
-// All functions answer a status: 0 done, 1 value error, 2 type error, 3 other. Pointers stay valid during
-// the call only. Outputs have the layout of the input.
+// All functions answer a status: 0 done, 1 value error, 2 type error, 3 other. Pointers stay valid
+// during the call only. Outputs have the layout of the input.
 const char* rimet_last_error();
 int32_t rimet_affine_forward(const RimetAffine*, const RimetView* input, void* output);
 int32_t rimet_affine_backward(const RimetAffine*, const RimetView* input, const void* grad,

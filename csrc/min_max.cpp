@@ -13,12 +13,11 @@ Pair min_max_cpu(const Tensor& input, at::IntArrayRef shape, Block block) {
   Tensor min = at::empty(shape, x.options().dtype(type));
   Tensor max = at::empty_like(min);
   const auto view = view_of(x);
-  check_status(
-      rimet_min_max(&view, shape.data(), static_cast<int64_t>(shape.size()),
-                    block.has_value() ? block->data() : nullptr,
-                    block.has_value() ? static_cast<int64_t>(block->size()) : -1, min.data_ptr(),
-                    max.data_ptr()),
-      "min_max");
+  check_status(rimet_min_max(&view, shape.data(), static_cast<int64_t>(shape.size()),
+                             block.has_value() ? block->data() : nullptr,
+                             block.has_value() ? static_cast<int64_t>(block->size()) : -1,
+                             min.data_ptr(), max.data_ptr()),
+               "min_max");
   return {min.to(x.scalar_type()), max.to(x.scalar_type())};
 }
 

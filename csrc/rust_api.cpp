@@ -55,8 +55,8 @@ int32_t rimet_op_affine(const RimetAffine* a, const Tensor* input, const Tensor*
     const Block block = a->block_len >= 0 ? Block(sizes) : Block(std::nullopt);
     Tensor result;
     if (a->is_range) {
-      using Signature =
-          Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool, double, Block);
+      using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool,
+                               double, Block);
       result = call<Signature>("rimet::quantize_dequantize_range", *input, *first, *second, a->qmin,
                                a->qmax, a->symmetric != 0, a->zero_point_shift, block);
     } else if (a->op == rimet::AffineArgs::kQuantize) {
@@ -94,9 +94,8 @@ int32_t rimet_op_min_max(const Tensor* input, const int64_t* shape, int64_t ndim
   return guarded([&] {
     using Signature = std::tuple<Tensor, Tensor>(const Tensor&, at::IntArrayRef, Block);
     const at::IntArrayRef sizes(block, block_len > 0 ? block_len : 0);
-    auto [low, high] =
-        call<Signature>("rimet::min_max", *input, at::IntArrayRef(shape, ndim),
-                        block_len >= 0 ? Block(sizes) : Block(std::nullopt));
+    auto [low, high] = call<Signature>("rimet::min_max", *input, at::IntArrayRef(shape, ndim),
+                                       block_len >= 0 ? Block(sizes) : Block(std::nullopt));
     *min = new Tensor(std::move(low));
     *max = new Tensor(std::move(high));
   });

@@ -1,8 +1,8 @@
 // Every op of the namespace `rimet`, and its registration.
 //
-// TORCH_LIBRARY would abort the process if a second library with the same namespace were loaded; the
-// Python extension and librimet.so must be able to meet, so registration is a function that does
-// nothing when the ops are there already.
+// TORCH_LIBRARY would abort the process if a second library with the same namespace were loaded;
+// the Python extension and librimet.so must be able to meet, so registration is a function that
+// does nothing when the ops are there already.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -19,7 +19,8 @@ namespace rimet {
 namespace {
 
 const char* const kSchemas[] = {
-    "quantize(Tensor input, Tensor scale, Tensor offset, int qmin, int qmax, int[]? block_size=None)"
+    "quantize(Tensor input, Tensor scale, Tensor offset, int qmin, int qmax, int[]? "
+    "block_size=None)"
     " -> Tensor",
     "dequantize(Tensor input, Tensor scale, Tensor offset, int[]? block_size=None) -> Tensor",
     "quantize_dequantize(Tensor input, Tensor scale, Tensor offset, int qmin, int qmax,"
@@ -37,7 +38,8 @@ const char* const kSchemas[] = {
     "quantize_dequantize_backward(Tensor grad, Tensor input, Tensor scale, Tensor offset, int qmin,"
     " int qmax, float zero_point_shift, int[]? block_size, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
-    "quantize_dequantize_range_backward(Tensor grad, Tensor input, Tensor min, Tensor max, int qmin,"
+    "quantize_dequantize_range_backward(Tensor grad, Tensor input, Tensor min, Tensor max, int "
+    "qmin,"
     " int qmax, bool symmetric, float zero_point_shift, int[]? block_size, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
     "range_to_scale_offset_backward(Tensor grad_scale, Tensor grad_offset, Tensor min, Tensor max,"

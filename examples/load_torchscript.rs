@@ -14,7 +14,10 @@ fn run(model: &str, samples: &str) -> Result<bool, Box<dyn std::error::Error>> {
     // The model's rimet ops are in this program.
     println!("rimet {} ops registered", rimet::register_ops());
     // As many threads as the samples were made with give the same order of additions.
-    if let Some(threads) = std::env::var("OMP_NUM_THREADS").ok().and_then(|n| n.parse().ok()) {
+    if let Some(threads) = std::env::var("OMP_NUM_THREADS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+    {
         tch::set_num_threads(threads);
     }
     let tensors = Tensor::read_safetensors(samples)?;
@@ -29,7 +32,12 @@ fn run(model: &str, samples: &str) -> Result<bool, Box<dyn std::error::Error>> {
     let model = CModule::load(model)?;
     let logits = tch::no_grad(|| model.forward_ts(&[input]))?;
     if logits.size() != expected.size() {
-        return Err(format!("logits: expected shape {:?}, got {:?}", expected.size(), logits.size()).into());
+        return Err(format!(
+            "logits: expected shape {:?}, got {:?}",
+            expected.size(),
+            logits.size()
+        )
+        .into());
     }
     let different = logits
         .view_dtype(Kind::Int)
@@ -39,9 +47,16 @@ fn run(model: &str, samples: &str) -> Result<bool, Box<dyn std::error::Error>> {
         .int64_value(&[]);
     let largest = (&logits - expected).abs().max().double_value(&[]);
     if different == 0 {
-        println!("{} logits of {} inputs: equal to Python's, bit for bit", logits.numel(), input.size()[0]);
+        println!(
+            "{} logits of {} inputs: equal to Python's, bit for bit",
+            logits.numel(),
+            input.size()[0]
+        );
     } else {
-        println!("{different} of {} logits differ, by {largest:e} at most", logits.numel());
+        println!(
+            "{different} of {} logits differ, by {largest:e} at most",
+            logits.numel()
+        );
     }
     Ok(different == 0)
 }

@@ -27,14 +27,22 @@ fn stripes(n: i64) -> (Tensor, Tensor) {
 
 fn accuracy(logits: &Tensor, labels: &Tensor) -> f64 {
     let right = logits.argmax(-1, false).eq_tensor(labels);
-    100.0 * right.to_kind(Kind::Float).mean(Kind::Float).double_value(&[])
+    100.0
+        * right
+            .to_kind(Kind::Float)
+            .mean(Kind::Float)
+            .double_value(&[])
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     tch::manual_seed(0);
     let store = nn::VarStore::new(Device::Cpu);
     let root = store.root();
-    let config = nn::ConvConfig { padding: 1, stride: 2, ..Default::default() };
+    let config = nn::ConvConfig {
+        padding: 1,
+        stride: 2,
+        ..Default::default()
+    };
     let conv = nn::conv2d(&root / "conv", 1, 8, 3, config);
     let fc = nn::linear(&root / "fc", 8 * 16, CLASSES, Default::default());
     let (train, train_labels) = stripes(2000);
@@ -56,7 +64,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     fc.observe(&hidden.relu().flatten(1, -1))?;
     fc.calibrate()?;
     let quantized = |x: &Tensor| fc.forward(&conv.forward(x).relu().flatten(1, -1));
-    println!("W2A4 nearest {:5.1} %", accuracy(&quantized(&test), &test_labels));
+    println!(
+        "W2A4 nearest {:5.1} %",
+        accuracy(&quantized(&test), &test_labels)
+    );
 
     // Weights and ranges learn together: the ranges are variables of the store.
     let mut optimizer = nn::Adam::default().build(&store, 2e-3)?;

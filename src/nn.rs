@@ -292,7 +292,11 @@ pub struct Convolution {
 
 impl From<(nn::Conv2D, nn::ConvConfig)> for Convolution {
     fn from((layer, config): (nn::Conv2D, nn::ConvConfig)) -> Self {
-        Self { ws: layer.ws, bs: layer.bs, config }
+        Self {
+            ws: layer.ws,
+            bs: layer.bs,
+            config,
+        }
     }
 }
 
@@ -336,17 +340,22 @@ mod tests {
         let mut quantizer = Quantizer::new(&(store.root() / "block" / "out"), config);
         let x = Tensor::rand([3], (Kind::Float, Device::Cpu));
         let message = quantizer.forward(&x).unwrap_err().to_string();
-        assert!(message.contains("block.out") && message.contains("calibrate"), "{message}");
+        assert!(
+            message.contains("block.out") && message.contains("calibrate"),
+            "{message}"
+        );
         assert!(quantizer.calibrate().is_err());
         let empty = Tensor::zeros([0], (Kind::Float, Device::Cpu));
-        assert!(matches!(quantizer.observe(&empty), Err(Error::Value { .. })));
+        assert!(matches!(
+            quantizer.observe(&empty),
+            Err(Error::Value { .. })
+        ));
     }
 
     #[test]
     fn values_on_the_grid_stay_and_others_move_by_half_a_step_at_most() {
         let store = nn::VarStore::new(Device::Cpu);
-        let mut quantizer =
-            Quantizer::new(&store.root(), QuantizerConfig::activation(4).unwrap());
+        let mut quantizer = Quantizer::new(&store.root(), QuantizerConfig::activation(4).unwrap());
         let x = Tensor::from_slice(&[-1.0_f32, 0.0, 0.24, 0.5, 2.0]);
         quantizer.observe(&x).unwrap();
         quantizer.calibrate().unwrap();
@@ -354,7 +363,10 @@ mod tests {
         let error = (&y - &x).abs().max().double_value(&[]);
         assert!(error <= 0.1 + 1e-6, "{error}");
         let again = quantizer.forward(&y).unwrap();
-        assert_eq!(Vec::<f32>::try_from(&again).unwrap(), Vec::<f32>::try_from(&y).unwrap());
+        assert_eq!(
+            Vec::<f32>::try_from(&again).unwrap(),
+            Vec::<f32>::try_from(&y).unwrap()
+        );
         // 0 is exact.
         assert_eq!(y.double_value(&[1]), 0.0);
     }
@@ -372,9 +384,14 @@ mod tests {
         layer.calibrate().unwrap();
         let mut optimizer = nn::Adam::default().build(&store, 1e-2).unwrap();
         let loss = |layer: &Linear| {
-            (layer.try_forward(&x).unwrap() - &target).square().mean(Kind::Float)
+            (layer.try_forward(&x).unwrap() - &target)
+                .square()
+                .mean(Kind::Float)
         };
-        let (before, range) = (loss(&layer).double_value(&[]), layer.quantizers().1.range().1.copy());
+        let (before, range) = (
+            loss(&layer).double_value(&[]),
+            layer.quantizers().1.range().1.copy(),
+        );
         for _ in 0..100 {
             optimizer.backward_step(&loss(&layer));
         }
@@ -387,7 +404,12 @@ mod tests {
     fn a_convolution_is_the_layer_on_the_quantized_weight() {
         let store = nn::VarStore::new(Device::Cpu);
         let root = store.root();
-        let config = nn::ConvConfig { padding: 1, stride: 2, groups: 2, ..Default::default() };
+        let config = nn::ConvConfig {
+            padding: 1,
+            stride: 2,
+            groups: 2,
+            ..Default::default()
+        };
         let layer = nn::conv2d(&root / "conv", 4, 6, 3, config);
         let mut layer = Conv2D::new(&(&root / "conv"), (layer, config), 8, 8).unwrap();
         let x = Tensor::randn([2, 4, 9, 9], (Kind::Float, Device::Cpu));

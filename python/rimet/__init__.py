@@ -8,8 +8,12 @@ from rimet._versions import check_torch as _check_torch
 
 _check_torch(_torch.__version__)
 
-from rimet import _core  # noqa: E402  (registers torch.ops.rimet; needs torch's libraries loaded)
-from rimet import nn, quantization, quantsim  # noqa: E402
+from rimet import (  # noqa: E402
+    _core,
+    nn,
+    quantization,
+    quantsim,
+)
 from rimet._backend import backend_info, ops_library_path  # noqa: E402
 from rimet.nn.reuse import reuse_quantized_params  # noqa: E402
 from rimet.quantsim import QuantizationSimModel  # noqa: E402

@@ -66,7 +66,11 @@ impl Values<'_> {
             ));
         }
         if self.is_empty() {
-            return Err(Error::value("input", "at least one element", "an empty tensor"));
+            return Err(Error::value(
+                "input",
+                "at least one element",
+                "an empty tensor",
+            ));
         }
         Ok(())
     }
@@ -77,7 +81,11 @@ pub(crate) fn check_num_steps(num_steps: f64) -> Result<()> {
     if num_steps > 0.0 && num_steps.is_finite() {
         Ok(())
     } else {
-        Err(Error::value("num_steps", "a number greater than 0", num_steps))
+        Err(Error::value(
+            "num_steps",
+            "a number greater than 0",
+            num_steps,
+        ))
     }
 }
 

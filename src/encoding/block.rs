@@ -75,7 +75,10 @@ impl BlockGeometry {
             if block.len() != encoding.len() {
                 return Err(Error::value(
                     "block_size",
-                    format!("one entry for each of the {} dimensions of scale", encoding.len()),
+                    format!(
+                        "one entry for each of the {} dimensions of scale",
+                        encoding.len()
+                    ),
                     format!("{block:?}"),
                 ));
             }
@@ -110,7 +113,8 @@ impl BlockGeometry {
                     }
                 }
                 Some(b) => {
-                    let divides = groups > 0 && size % groups == 0 && (b == -1 || b == size / groups);
+                    let divides =
+                        groups > 0 && size % groups == 0 && (b == -1 || b == size / groups);
                     if !divides || (b < 1 && b != -1) {
                         return Err(Error::value(
                             "block_size",
@@ -246,8 +250,14 @@ mod tests {
         assert_eq!(
             g.dims(),
             [
-                GeometryDim { size: 40, group_stride: 0 },
-                GeometryDim { size: 3, group_stride: 1 }
+                GeometryDim {
+                    size: 40,
+                    group_stride: 0
+                },
+                GeometryDim {
+                    size: 3,
+                    group_stride: 1
+                }
             ]
         );
     }
@@ -255,7 +265,10 @@ mod tests {
     #[test]
     fn errors_name_the_dimension() {
         let e = BlockGeometry::new(&[4, 6], &[6, 1], &[4, 4], Some(&[1, 2])).unwrap_err();
-        assert!(e.to_string().contains("dimension 1") && e.to_string().contains("4 * 2"), "{e}");
+        assert!(
+            e.to_string().contains("dimension 1") && e.to_string().contains("4 * 2"),
+            "{e}"
+        );
         let e = BlockGeometry::new(&[4, 6], &[6, 1], &[3, 1], None).unwrap_err();
         assert!(e.to_string().contains("dimension 0"), "{e}");
         assert!(BlockGeometry::new(&[4, 6], &[6, 1], &[4, 2], Some(&[3])).is_err());

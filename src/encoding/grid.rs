@@ -36,7 +36,11 @@ impl AffineGrid {
             ));
         }
         if zero_point_shift != 0.0 && zero_point_shift != 0.5 {
-            return Err(Error::value("zero_point_shift", "0 or 0.5", zero_point_shift));
+            return Err(Error::value(
+                "zero_point_shift",
+                "0 or 0.5",
+                zero_point_shift,
+            ));
         }
         Ok(Self {
             qmin,
@@ -112,14 +116,20 @@ mod tests {
         let unsigned = AffineGrid::from_bitwidth(8, false).unwrap();
         assert_eq!((unsigned.qmin(), unsigned.qmax()), (0, 255));
         assert_eq!(unsigned.symmetric_offset(), -128.0);
-        assert_eq!(AffineGrid::from_bitwidth(32, false).unwrap().num_steps(), u32::MAX as i64);
+        assert_eq!(
+            AffineGrid::from_bitwidth(32, false).unwrap().num_steps(),
+            u32::MAX as i64
+        );
     }
 
     #[test]
     fn invalid_grids_are_refused_by_name() {
         for (lo, hi) in [(0, 0), (3, 2), (0, 1_i64 << 33)] {
             let message = AffineGrid::new(lo, hi, 0.0).unwrap_err().to_string();
-            assert!(message.contains("qmin") && message.contains(&hi.to_string()), "{message}");
+            assert!(
+                message.contains("qmin") && message.contains(&hi.to_string()),
+                "{message}"
+            );
         }
         assert!(AffineGrid::new(0, 15, 0.25).is_err());
         assert!(AffineGrid::from_bitwidth(0, true).is_err());

@@ -39,10 +39,15 @@ fn status(body: impl FnOnce() -> Result<()>) -> i32 {
                 .map(String::as_str)
                 .or_else(|| panic.downcast_ref::<&str>().copied())
                 .unwrap_or("unknown");
-            (RUNTIME_ERROR, format!("internal error (please report it): {text}"))
+            (
+                RUNTIME_ERROR,
+                format!("internal error (please report it): {text}"),
+            )
         }
     };
-    LAST_ERROR.with(|slot| *slot.borrow_mut() = CString::new(message.replace('\0', " ")).unwrap_or_default());
+    LAST_ERROR.with(|slot| {
+        *slot.borrow_mut() = CString::new(message.replace('\0', " ")).unwrap_or_default()
+    });
     code
 }
 
@@ -104,8 +109,12 @@ impl View {
     /// The pointers are as `csrc/engine.h` says.
     unsafe fn geometry(&self, encoding: &[i64], block: Option<&[i64]>) -> Result<BlockGeometry> {
         // SAFETY: by the contract.
-        let (sizes, strides) =
-            unsafe { (integers(self.sizes, self.ndim), integers(self.strides, self.ndim)) };
+        let (sizes, strides) = unsafe {
+            (
+                integers(self.sizes, self.ndim),
+                integers(self.strides, self.ndim),
+            )
+        };
         BlockGeometry::new(sizes, strides, encoding, block)
     }
 }
@@ -177,7 +186,10 @@ impl Affine {
             }
         };
         if self.is_range == 0 {
-            return body(Encodings { scale: first, offset: second });
+            return body(Encodings {
+                scale: first,
+                offset: second,
+            });
         }
         // One range, the most frequent case, needs no allocation.
         let (mut one_scale, mut one_offset) = ([C::ZERO], [C::ZERO]);
@@ -228,7 +240,9 @@ unsafe fn forward<T: Element<C>, C: Compute>(
         affine.with_encodings::<C, _>(&grid, geometry.num_groups(), |encodings| match affine.op {
             0 => affine::forward::<affine::Quantize, T, C>(&geometry, encodings, &grid, x, y),
             1 => affine::forward::<affine::Dequantize, T, C>(&geometry, encodings, &grid, x, y),
-            _ => affine::forward::<affine::QuantizeDequantize, T, C>(&geometry, encodings, &grid, x, y),
+            _ => affine::forward::<affine::QuantizeDequantize, T, C>(
+                &geometry, encodings, &grid, x, y,
+            ),
         });
     }
     Ok(())
@@ -249,7 +263,11 @@ pub unsafe extern "C" fn rimet_affine_forward(
         // SAFETY: by the contract.
         unsafe {
             let (affine, input) = (&*affine, &*input);
-            for_types!(input.dtype, affine.double_compute, forward(affine, input, output))
+            for_types!(
+                input.dtype,
+                affine.double_compute,
+                forward(affine, input, output)
+            )
         }
     })
 }
@@ -288,7 +306,9 @@ unsafe fn backward<T: Element<C>, C: Compute>(
         affine.with_encodings::<C, _>(&grid, n, |encodings| match affine.op {
             0 => gradients::<affine::Quantize, T, C>(&geometry, encodings, &grid, pointers),
             1 => gradients::<affine::Dequantize, T, C>(&geometry, encodings, &grid, pointers),
-            _ => gradients::<affine::QuantizeDequantize, T, C>(&geometry, encodings, &grid, pointers),
+            _ => {
+                gradients::<affine::QuantizeDequantize, T, C>(&geometry, encodings, &grid, pointers)
+            }
         })
     };
     if affine.is_range != 0 && n > 0 {
@@ -480,7 +500,10 @@ pub unsafe extern "C" fn rimet_min_max(
             return Err(Error::value(
                 "input",
                 "at least one element to take a minimum and maximum of",
-                format!("an empty tensor of shape {:?}", integers(input.sizes, input.ndim)),
+                format!(
+                    "an empty tensor of shape {:?}",
+                    integers(input.sizes, input.ndim)
+                ),
             ));
         }
         for_types!(input.dtype, 0, write(input, geometry, min, max))

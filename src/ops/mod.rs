@@ -35,7 +35,15 @@ pub fn quantize(
     grid: &AffineGrid,
     block_size: Option<&[i64]>,
 ) -> Result<Tensor> {
-    ffi::affine(ffi::Op::Quantize, x, scale, offset, Some(grid), None, block_size)
+    ffi::affine(
+        ffi::Op::Quantize,
+        x,
+        scale,
+        offset,
+        Some(grid),
+        None,
+        block_size,
+    )
 }
 
 /// `(x + offset) * scale`; the inverse of [`quantize`] on the grid. Arguments and errors as there.
@@ -45,7 +53,15 @@ pub fn dequantize(
     offset: &Tensor,
     block_size: Option<&[i64]>,
 ) -> Result<Tensor> {
-    ffi::affine(ffi::Op::Dequantize, x, scale, offset, None, None, block_size)
+    ffi::affine(
+        ffi::Op::Dequantize,
+        x,
+        scale,
+        offset,
+        None,
+        None,
+        block_size,
+    )
 }
 
 /// [`quantize`] and [`dequantize`] in one pass. Differentiable in `x`, `scale` and `offset`:
@@ -57,7 +73,15 @@ pub fn quantize_dequantize(
     grid: &AffineGrid,
     block_size: Option<&[i64]>,
 ) -> Result<Tensor> {
-    ffi::affine(ffi::Op::QuantizeDequantize, x, scale, offset, Some(grid), None, block_size)
+    ffi::affine(
+        ffi::Op::QuantizeDequantize,
+        x,
+        scale,
+        offset,
+        Some(grid),
+        None,
+        block_size,
+    )
 }
 
 /// [`quantize_dequantize`] from a range: scale and offset are computed from `min` and `max`
@@ -96,10 +120,6 @@ pub fn range_to_scale_offset(
 ///
 /// # Errors
 /// [`crate::Error::Value`] for a tensor without elements, or shapes that do not fit.
-pub fn min_max(
-    x: &Tensor,
-    shape: &[i64],
-    block_size: Option<&[i64]>,
-) -> Result<(Tensor, Tensor)> {
+pub fn min_max(x: &Tensor, shape: &[i64], block_size: Option<&[i64]>) -> Result<(Tensor, Tensor)> {
     ffi::min_max(x, shape, block_size)
 }

@@ -219,8 +219,22 @@ mod tests {
     #[test]
     fn rounding_is_to_even_for_every_kind_of_float() {
         let mut values = vec![
-            0.0_f32, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 0.499_999_97, 8_388_607.5, 8_388_608.0,
-            4_194_303.5, 1e30, -1e30, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE,
+            0.0_f32,
+            -0.0,
+            0.5,
+            1.5,
+            2.5,
+            -0.5,
+            -1.5,
+            0.499_999_97,
+            8_388_607.5,
+            8_388_608.0,
+            4_194_303.5,
+            1e30,
+            -1e30,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::MIN_POSITIVE,
         ];
         let mut bits = 1_u32;
         for _ in 0..100_000 {

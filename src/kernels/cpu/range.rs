@@ -132,7 +132,10 @@ mod tests {
         assert_eq!(scale_offset(-128.0, 127.0, &grid, true), (1.0, -128.0));
         // Reversed and empty ranges have a positive scale.
         assert_eq!(scale_offset(254.0, -1.0, &grid, false).0, 1.0);
-        assert_eq!(scale_offset(0.0, 0.0, &grid, false), (f64::from(f32::EPSILON), 0.0));
+        assert_eq!(
+            scale_offset(0.0, 0.0, &grid, false),
+            (f64::from(f32::EPSILON), 0.0)
+        );
         // A range that does not hold zero: the offset stays on the grid.
         assert_eq!(scale_offset(100.0, 355.0, &grid, false), (1.0, 0.0));
     }

@@ -35,7 +35,13 @@ impl<'a> Pieces<'a> {
     pub fn new(geometry: &'a BlockGeometry, begin: usize, end: usize) -> Self {
         let dims = geometry.dims();
         let (outer, inner) = match dims.split_last() {
-            None => (dims, GeometryDim { size: 1, group_stride: 0 }),
+            None => (
+                dims,
+                GeometryDim {
+                    size: 1,
+                    group_stride: 0,
+                },
+            ),
             Some((last, outer)) => (outer, *last),
         };
         let run = begin / inner.size;

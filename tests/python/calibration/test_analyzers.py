@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from rimet.quantization import encoding_analyzer as analyzers
 from rimet.quantization.encoding_analyzer import (
     EncodingAnalyzer,

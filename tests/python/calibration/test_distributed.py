@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
 from rimet.quantization.encoding_analyzer import (
     EncodingAnalyzer,
     MinMaxEncodingAnalyzer,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from rimet.quantization import encoding_analyzer as analyzers
 
 GOLDEN = np.load(Path(__file__).parents[2] / "data" / "calibration" / "golden.npz")

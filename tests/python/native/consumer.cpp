@@ -1,5 +1,5 @@
-// A C++ program that uses the ops without Python: loads librimet.so, calls an op, runs a TorchScript
-// file. Arguments: librimet.so model.pt
+// A C++ program that uses the ops without Python: loads librimet.so, calls an op, runs a
+// TorchScript file. Arguments: librimet.so model.pt
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 #include <torch/script.h>

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import rimet
+import torch
 from rimet._versions import check_torch
 
 ROOT = Path(__file__).resolve().parents[3]

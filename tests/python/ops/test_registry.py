@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import reference
+import rimet
 import torch
 from torch.library import opcheck
-
-import rimet
 
 OPS = torch.ops.rimet
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -113,9 +112,7 @@ ENTRIES: dict[str, tuple[list[str], Callable[..., Any], Callable[..., Any]]] = {
     ),
     "quantize_dequantize_range": (
         ["x", "min", "max"],
-        lambda g, x, a, b: OPS.quantize_dequantize_range(
-            x, a, b, QMIN, QMAX, False, 0.0, g.block
-        ),
+        lambda g, x, a, b: OPS.quantize_dequantize_range(x, a, b, QMIN, QMAX, False, 0.0, g.block),
         lambda g, x, a, b, **k: reference.quantize_dequantize_range(
             x, a, b, QMIN, QMAX, False, block_size=g.block, **k
         ),
@@ -131,10 +128,8 @@ GRADIENTS: dict[str, Callable[..., Any]] = {
     "quantize_dequantize": lambda g, grad, x, s, o: reference.quantize_dequantize_grad(
         grad, x, s, o, QMIN, QMAX, block_size=g.block
     ),
-    "quantize_dequantize_range": lambda g, grad, x, a, b: (
-        reference.quantize_dequantize_range_grad(
-            grad, x, a, b, QMIN, QMAX, False, block_size=g.block
-        )
+    "quantize_dequantize_range": lambda g, grad, x, a, b: reference.quantize_dequantize_range_grad(
+        grad, x, a, b, QMIN, QMAX, False, block_size=g.block
     ),
 }
 OTHER = {"range_to_scale_offset", "min_max"}
@@ -153,9 +148,7 @@ def test_every_op_is_listed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("name", ENTRIES)
-def test_forward_is_the_reference_bit_for_bit(
-    name: str, geometry: str, dtype: torch.dtype
-) -> None:
+def test_forward_is_the_reference_bit_for_bit(name: str, geometry: str, dtype: torch.dtype) -> None:
     g = GEOMETRIES[geometry]
     names, op, ref = ENTRIES[name]
     data = tensors(g, dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .golden import RECORD, Case, select
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import reference  # noqa: E402
+import reference
 
 
 def refused(case: Case) -> bool:
