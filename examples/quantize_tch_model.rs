@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut fc = Linear::new(&(&root / "fc"), fc, 2, 8)?;
     let hidden = conv.observe(&train)?;
     conv.calibrate()?;
-    fc.observe(&hidden.relu().flatten(1, -1))?;
+    let _ = fc.observe(&hidden.relu().flatten(1, -1))?;
     fc.calibrate()?;
     let quantized = |x: &Tensor| fc.forward(&conv.forward(x).relu().flatten(1, -1));
     println!(

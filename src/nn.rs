@@ -380,7 +380,7 @@ mod tests {
         let mut layer = Linear::new(&(&root / "fc"), layer, 4, 8).unwrap();
         let x = Tensor::randn([64, 6], (Kind::Float, Device::Cpu));
         let target = x.narrow(1, 0, 3) * 0.7;
-        layer.observe(&x).unwrap();
+        let _ = layer.observe(&x).unwrap();
         layer.calibrate().unwrap();
         let mut optimizer = nn::Adam::default().build(&store, 1e-2).unwrap();
         let loss = |layer: &Linear| {

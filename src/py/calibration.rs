@@ -81,7 +81,8 @@ impl PyHistogramStatistics {
     }
 
     /// Statistics of a batch counted elsewhere: counts `[encodings, num_bins]`, int64.
-    fn from_counts(&self, min: PyTensor, max: PyTensor, counts: PyTensor) -> PyResult<Self> {
+    #[pyo3(name = "from_counts")]
+    fn with_counts(&self, min: PyTensor, max: PyTensor, counts: PyTensor) -> PyResult<Self> {
         let build = || {
             let ranges = pairs(&min.0, &max.0)?;
             self.0
