@@ -2,12 +2,29 @@
 
 from typing import Any, final
 
-from typing_extensions import disjoint_base
+__all__ = [
+    "__version__",
+    "Graph",
+    "GraphBuilder",
+    "HistogramStatistics",
+    "QuantSimConfig",
+    "cpu_isa",
+    "encodings_file",
+    "encodings_sections",
+    "force_cpu_isa",
+    "function_moves_data",
+    "module_op_type",
+    "module_preserves_grid",
+    "moving_functions",
+    "onnx_type_table",
+    "passthrough_functions",
+    "read_encodings",
+    "registered_version",
+]
 
 __version__: str
 
 @final
-@disjoint_base
 class Graph:
     def __len__(self) -> int: ...
     def __reduce__(self) -> Any: ...
@@ -23,7 +40,6 @@ class Graph:
     def to_json(self) -> Any: ...
 
 @final
-@disjoint_base
 class GraphBuilder:
     def __new__(cls) -> GraphBuilder: ...
     def call_function(
@@ -48,7 +64,6 @@ class GraphBuilder:
     def parameter(self, name: Any, shape: Any, dtype: Any) -> Any: ...
 
 @final
-@disjoint_base
 class HistogramStatistics:
     def __new__(cls, num_bins: Any, growth_limit: Any = ...) -> HistogramStatistics: ...
     def __copy__(self) -> Any: ...
@@ -79,7 +94,6 @@ class HistogramStatistics:
     def to_parts(self) -> Any: ...
 
 @final
-@disjoint_base
 class QuantSimConfig:
     def __new__(cls, text: Any) -> QuantSimConfig: ...
     @property

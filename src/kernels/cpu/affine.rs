@@ -32,9 +32,15 @@ impl<C: Compute> Limits<C> {
 /// One of the affine functions: its value, and its straight-through gradients.
 pub trait AffineOp: Copy + Send + Sync + 'static {
     /// The value at `x`.
-    fn value<C: Compute>(x: C, scale: C, offset: C, limits: &Limits<C>) -> C;
+    fn value<S: Simd, C: Compute>(x: C, scale: C, offset: C, limits: &Limits<C>) -> C;
     /// The gradients of `x`, scale and offset for the incoming gradient `g`.
-    fn gradient<C: Compute>(g: C, x: C, scale: C, offset: C, limits: &Limits<C>) -> (C, C, C);
+    fn gradient<S: Simd, C: Compute>(
+        g: C,
+        x: C,
+        scale: C,
+        offset: C,
+        limits: &Limits<C>,
+    ) -> (C, C, C);
 }
 
 /// `clamp(round(x / scale) - offset, qmin, qmax)`.
@@ -49,14 +55,20 @@ pub struct QuantizeDequantize;
 
 impl AffineOp for Quantize {
     #[inline(always)]
-    fn value<C: Compute>(x: C, scale: C, offset: C, limits: &Limits<C>) -> C {
-        ((x / scale).round() - offset).limit(limits.qmin, limits.qmax)
+    fn value<S: Simd, C: Compute>(x: C, scale: C, offset: C, limits: &Limits<C>) -> C {
+        ((x / scale).round::<S>() - offset).limit(limits.qmin, limits.qmax)
     }
     #[inline(always)]
-    fn gradient<C: Compute>(g: C, x: C, scale: C, offset: C, limits: &Limits<C>) -> (C, C, C) {
+    fn gradient<S: Simd, C: Compute>(
+        g: C,
+        x: C,
+        scale: C,
+        offset: C,
+        limits: &Limits<C>,
+    ) -> (C, C, C) {
         let t = x / scale;
-        let q = t.round() - offset;
-        let inside = q >= limits.qmin && q <= limits.qmax;
+        let q = t.round::<S>() - offset;
+        let inside = (q >= limits.qmin) & (q <= limits.qmax);
         let g = if inside { g } else { C::ZERO };
         let gx = g / scale;
         // Outside the grid the terms are exact zeros, not 0 * inf.
@@ -67,11 +79,11 @@ impl AffineOp for Quantize {
 
 impl AffineOp for Dequantize {
     #[inline(always)]
-    fn value<C: Compute>(x: C, scale: C, offset: C, _: &Limits<C>) -> C {
+    fn value<S: Simd, C: Compute>(x: C, scale: C, offset: C, _: &Limits<C>) -> C {
         (x + offset) * scale
     }
     #[inline(always)]
-    fn gradient<C: Compute>(g: C, x: C, scale: C, offset: C, _: &Limits<C>) -> (C, C, C) {
+    fn gradient<S: Simd, C: Compute>(g: C, x: C, scale: C, offset: C, _: &Limits<C>) -> (C, C, C) {
         let gs = g * scale;
         (gs, g * (x + offset), gs)
     }
@@ -79,16 +91,22 @@ impl AffineOp for Dequantize {
 
 impl AffineOp for QuantizeDequantize {
     #[inline(always)]
-    fn value<C: Compute>(x: C, scale: C, offset: C, limits: &Limits<C>) -> C {
-        let q = ((x / scale - limits.shift).round() - offset).limit(limits.qmin, limits.qmax);
+    fn value<S: Simd, C: Compute>(x: C, scale: C, offset: C, limits: &Limits<C>) -> C {
+        let q = ((x / scale - limits.shift).round::<S>() - offset).limit(limits.qmin, limits.qmax);
         (q + (offset + limits.shift)) * scale
     }
     #[inline(always)]
-    fn gradient<C: Compute>(g: C, x: C, scale: C, offset: C, limits: &Limits<C>) -> (C, C, C) {
+    fn gradient<S: Simd, C: Compute>(
+        g: C,
+        x: C,
+        scale: C,
+        offset: C,
+        limits: &Limits<C>,
+    ) -> (C, C, C) {
         let t = x / scale - limits.shift;
-        let rounded = t.round();
+        let rounded = t.round::<S>();
         let q = rounded - offset;
-        let inside = q >= limits.qmin && q <= limits.qmax;
+        let inside = (q >= limits.qmin) & (q <= limits.qmax);
         let clamped = rounded.limit(limits.qmin + offset, limits.qmax + offset);
         let slope = if inside { rounded - t } else { clamped };
         let gx = if inside { g } else { C::ZERO };
@@ -131,7 +149,7 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Forward<'_, O, T, C> {
                 let x = load::<S, T, C>(self.input.add(start + i), n);
                 let mut y = [C::ZERO; LANES];
                 for j in 0..LANES {
-                    y[j] = O::value(x[j], scale, offset, &self.limits);
+                    y[j] = O::value::<S, C>(x[j], scale, offset, &self.limits);
                 }
                 store::<S, T, C>(self.output.add(start + i), n, &y);
             }
@@ -157,7 +175,7 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Forward<'_, O, T, C> {
                 o[..n].copy_from_slice(&offset[i..i + n]);
                 let mut y = [C::ZERO; LANES];
                 for j in 0..LANES {
-                    y[j] = O::value(x[j], s[j], o[j], &self.limits);
+                    y[j] = O::value::<S, C>(x[j], s[j], o[j], &self.limits);
                 }
                 store::<S, T, C>(self.output.add(start + i), n, &y);
             }
@@ -273,7 +291,8 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Backward<'_, O, T, C> {
             let mut gs = [C::ZERO; LANES];
             let mut go = [C::ZERO; LANES];
             for j in 0..LANES {
-                (gx[j], gs[j], go[j]) = O::gradient(g[j], x[j], scale[j], offset[j], &self.limits);
+                (gx[j], gs[j], go[j]) =
+                    O::gradient::<S, C>(g[j], x[j], scale[j], offset[j], &self.limits);
             }
             if !self.grad_input.is_null() {
                 store::<S, T, C>(self.grad_input.add(at), n, &gx);
@@ -300,6 +319,8 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Reduction for Backward<'_, O, T, C>
     unsafe fn run<S: Simd>(&self, start: usize, len: usize, group: usize) -> (f64, f64) {
         let scale = [self.encodings.scale[group]; LANES];
         let offset = [self.encodings.offset[group]; LANES];
+        let (one_s, one_o) = (self.encodings.scale[group], self.encodings.offset[group]);
+        let limits = self.limits;
         let mut total = (0.0, 0.0);
         let mut i = 0;
         while i < len {
@@ -308,10 +329,19 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Reduction for Backward<'_, O, T, C>
             let mut sum_o = [C::ZERO; LANES];
             while i + LANES <= end {
                 // SAFETY: the block is inside the run.
-                let (gs, go) = unsafe { self.block::<S>(start + i, LANES, &scale, &offset) };
-                for j in 0..LANES {
-                    sum_s[j] = sum_s[j] + gs[j];
-                    sum_o[j] = sum_o[j] + go[j];
+                unsafe {
+                    let g = load::<S, T, C>(self.grad.add(start + i), LANES);
+                    let x = load::<S, T, C>(self.input.add(start + i), LANES);
+                    let mut gx = [C::ZERO; LANES];
+                    for j in 0..LANES {
+                        let (a, b, c) = O::gradient::<S, C>(g[j], x[j], one_s, one_o, &limits);
+                        gx[j] = a;
+                        sum_s[j] = sum_s[j] + b;
+                        sum_o[j] = sum_o[j] + c;
+                    }
+                    if !self.grad_input.is_null() {
+                        store::<S, T, C>(self.grad_input.add(start + i), LANES, &gx);
+                    }
                 }
                 i += LANES;
             }
@@ -334,19 +364,52 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Reduction for Backward<'_, O, T, C>
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], partials: &mut [(f64, f64)]) {
+        let limits = self.limits;
         let mut i = 0;
         while i < groups.len() {
             let n = LANES.min(groups.len() - i);
             let mut scale = [C::from_f64(1.0); LANES];
             let mut offset = [C::ZERO; LANES];
-            for (j, &group) in groups[i..i + n].iter().enumerate() {
-                scale[j] = self.encodings.scale[group];
-                offset[j] = self.encodings.offset[group];
+            let first = groups[i];
+            let mut contiguous = n == LANES;
+            if contiguous {
+                for j in 0..LANES {
+                    contiguous &= groups[i + j] == first + j;
+                }
             }
+            if contiguous {
+                scale.copy_from_slice(&self.encodings.scale[first..first + LANES]);
+                offset.copy_from_slice(&self.encodings.offset[first..first + LANES]);
+            } else {
+                for (j, &group) in groups[i..i + n].iter().enumerate() {
+                    scale[j] = self.encodings.scale[group];
+                    offset[j] = self.encodings.offset[group];
+                }
+            }
+            let (mut gx, mut gs, mut go) = ([C::ZERO; LANES], [C::ZERO; LANES], [C::ZERO; LANES]);
             // SAFETY: the tile is inside the tensor.
-            let (gs, go) = unsafe { self.block::<S>(start + i, n, &scale, &offset) };
-            for (j, &group) in groups[i..i + n].iter().enumerate() {
-                Self::combine(&mut partials[group], (gs[j].to_f64(), go[j].to_f64()));
+            unsafe {
+                let g = load::<S, T, C>(self.grad.add(start + i), n);
+                let x = load::<S, T, C>(self.input.add(start + i), n);
+                for j in 0..LANES {
+                    let (a, b, c) = O::gradient::<S, C>(g[j], x[j], scale[j], offset[j], &limits);
+                    gx[j] = a;
+                    gs[j] = b;
+                    go[j] = c;
+                }
+                if !self.grad_input.is_null() {
+                    store::<S, T, C>(self.grad_input.add(start + i), n, &gx);
+                }
+            }
+            if contiguous {
+                for (p, j) in partials[first..first + LANES].iter_mut().zip(0..LANES) {
+                    p.0 += gs[j].to_f64();
+                    p.1 += go[j].to_f64();
+                }
+            } else {
+                for (j, &group) in groups[i..i + n].iter().enumerate() {
+                    Self::combine(&mut partials[group], (gs[j].to_f64(), go[j].to_f64()));
+                }
             }
             i += n;
         }

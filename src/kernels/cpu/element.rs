@@ -28,9 +28,10 @@ pub trait Compute:
     fn from_f64(value: f64) -> Self;
     /// As float64.
     fn to_f64(self) -> f64;
-    /// Nearest integer, ties to even; NaN stays NaN. Correct without SSE4.1 too, where the compiler's
-    /// own would be a call per element.
-    fn round(self) -> Self;
+    /// Nearest integer, ties to even; NaN stays NaN. Without an instruction for it the compiler's own
+    /// would be a call per element. (`cfg!(target_feature)` does not see what a function switches on,
+    /// so the instruction set says it.)
+    fn round<S: Simd>(self) -> Self;
     /// Whether this is NaN.
     fn is_nan(self) -> bool;
     /// `x` limited to `low..=high`; NaN stays NaN (compare and select, not min/max).
@@ -57,8 +58,8 @@ impl Compute for f32 {
         f64::from(self)
     }
     #[inline(always)]
-    fn round(self) -> Self {
-        if cfg!(any(target_arch = "aarch64", target_feature = "sse4.1")) {
+    fn round<S: Simd>(self) -> Self {
+        if S::HAS_ROUND {
             return self.round_ties_even();
         }
         // Adding and taking away 2^23 rounds to an integer in the current (nearest, even) mode.
@@ -89,7 +90,10 @@ impl Compute for f64 {
         self
     }
     #[inline(always)]
-    fn round(self) -> Self {
+    fn round<S: Simd>(self) -> Self {
+        if S::HAS_ROUND {
+            return self.round_ties_even();
+        }
         const MAGIC: f64 = 4_503_599_627_370_496.0;
         let magnitude = self.abs();
         let rounded = ((magnitude + MAGIC) - MAGIC).copysign(self);
@@ -153,7 +157,8 @@ impl Element<f32> for bf16 {
             let bits = v.to_bits();
             let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
             // Rounding could carry a NaN into infinity; torch's NaN is 0x7fc0.
-            bf16::from_bits(if v.is_nan() { 0x7fc0 } else { rounded as u16 })
+            // Selected as 32 bits, then cut: the other way round it is not vectorized.
+            bf16::from_bits((if v.is_nan() { 0x7fc0 } else { rounded }) as u16)
         })
     }
 }
@@ -242,13 +247,13 @@ mod tests {
             values.push(f32::from_bits(bits));
         }
         for v in values {
-            let (got, expected) = (Compute::round(v), v.round_ties_even());
+            let (got, expected) = (Compute::round::<Portable>(v), v.round_ties_even());
             assert!(
                 got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()),
                 "{v}: {got} {expected}"
             );
             let v = f64::from(v) * 1.000_000_1;
-            let (got, expected) = (Compute::round(v), v.round_ties_even());
+            let (got, expected) = (Compute::round::<Portable>(v), v.round_ties_even());
             assert!(got.to_bits() == expected.to_bits() || got.is_nan(), "{v}");
         }
     }

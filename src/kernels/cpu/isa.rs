@@ -89,6 +89,8 @@ pub fn force(isa: Option<Isa>) -> bool {
 
 /// Compile-time side of [`Isa`]: what the always-inlined bodies are generic over.
 pub trait Simd: Copy + 'static {
+    /// Whether rounding to even is one instruction.
+    const HAS_ROUND: bool;
     /// Sixteen float16 bit patterns as float32.
     fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16];
     /// Sixteen float32 as float16 bit patterns, ties to even.
@@ -100,6 +102,7 @@ pub trait Simd: Copy + 'static {
 pub struct Portable;
 
 impl Simd for Portable {
+    const HAS_ROUND: bool = cfg!(any(target_arch = "aarch64", target_feature = "sse4.1"));
     #[inline(always)]
     fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16] {
         std::array::from_fn(|i| half::f16::from_bits(bits[i]).to_f32_const())
@@ -123,6 +126,7 @@ mod x86 {
     pub struct Avx512;
 
     impl Simd for Avx2 {
+        const HAS_ROUND: bool = true;
         #[inline(always)]
         fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16] {
             let mut out = [0.0; 16];
@@ -152,6 +156,7 @@ mod x86 {
     }
 
     impl Simd for Avx512 {
+        const HAS_ROUND: bool = true;
         #[inline(always)]
         fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16] {
             Avx2::f16_to_f32(bits)

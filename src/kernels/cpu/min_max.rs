@@ -17,7 +17,7 @@ unsafe impl<T: Sync, C> Sync for MinMax<T, C> {}
 #[inline(always)]
 fn smaller<C: Compute>(a: C, b: C) -> C {
     // A NaN in `a` stays (the comparison is false); a NaN in `b` is taken.
-    if b < a || b.is_nan() {
+    if (b < a) | b.is_nan() {
         b
     } else {
         a
@@ -26,7 +26,7 @@ fn smaller<C: Compute>(a: C, b: C) -> C {
 
 #[inline(always)]
 fn larger<C: Compute>(a: C, b: C) -> C {
-    if b > a || b.is_nan() {
+    if (b > a) | b.is_nan() {
         b
     } else {
         a
@@ -49,15 +49,23 @@ impl<T: Element<C>, C: Compute> Reduction for MinMax<T, C> {
     unsafe fn run<S: Simd>(&self, start: usize, len: usize, _group: usize) -> (C, C) {
         let mut low = [C::INFINITY; LANES];
         let mut high = [-C::INFINITY; LANES];
+        let mut nan = [C::ZERO; LANES];
         let mut i = 0;
         while i + LANES <= len {
             // SAFETY: the block is inside the run.
             let x = unsafe { load::<S, T, C>(self.input.add(start + i), LANES) };
             for j in 0..LANES {
-                low[j] = smaller(low[j], x[j]);
-                high[j] = larger(high[j], x[j]);
+                low[j] = if x[j] < low[j] { x[j] } else { low[j] };
+                high[j] = if x[j] > high[j] { x[j] } else { high[j] };
+                nan[j] = if x[j].is_nan() { x[j] } else { nan[j] };
             }
             i += LANES;
+        }
+        for j in 0..LANES {
+            if nan[j].is_nan() {
+                low[j] = nan[j];
+                high[j] = nan[j];
+            }
         }
         let mut result = (low[0], high[0]);
         for j in 1..LANES {

@@ -5,6 +5,7 @@
 //! The gradients are straight-through at the rounding and zero where a clamp holds.
 
 use super::element::Compute;
+use super::isa::Portable;
 use crate::encoding::{minimum_scale, AffineGrid};
 
 /// The range's constants in the kernel's precision.
@@ -43,7 +44,7 @@ impl<C: Compute> RangeRule<C> {
 
     #[inline(always)]
     fn unclamped_offset(&self, min: C, scale: C) -> C {
-        (min / scale).round() - self.qmin
+        (min / scale).round::<Portable>() - self.qmin
     }
 
     #[inline(always)]
