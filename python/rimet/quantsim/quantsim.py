@@ -213,6 +213,8 @@ class QuantizationSimModel:
         replacements = {id(recording.modules[path]): twin for path, twin in twins.items()}
         self.model = _placing.replace_modules(model, replacements)
         _placing.forbid_fast_paths(self.model)
+        for path, quantizer in self.named_quantizers():
+            quantizer._where = path
         for path in _placing.bypassed(recording, twins):
             logger.warning(
                 "%s did not run itself: something else computed with its parameters, so they "

@@ -724,3 +724,13 @@ def test_accumulator_overflow() -> None:
     name, used = check_accumulator_overflow(model, 8, 23)
     assert name == "0"
     assert used == pytest.approx(100 * 100 * 127 * 255 / 2**22)
+
+
+def test_an_uncalibrated_forward_names_the_quantizer() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+    x = torch.randn(1, 3, 8, 8)
+    sim = QuantizationSimModel(model, x)
+    with pytest.raises(RuntimeError) as caught:
+        sim.model(x)
+    message = str(caught.value)
+    assert message.startswith("0.input_quantizers.0: ") and "compute_encodings" in message

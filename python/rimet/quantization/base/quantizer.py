@@ -216,12 +216,21 @@ class QuantizerBase(ABC, nn.Module):
             else:
                 param.copy_(initial)
 
+    #: Path of the quantizer in a simulated model, for messages.
+    _where: str | None = None
+
     def _raise_uninitialized(self) -> None:
+        if self._where:
+            name = f"{self._where}: {self}"
+            remedy = "Call the simulation's compute_encodings() with representative data"
+        else:
+            name = str(self)
+            remedy = (
+                "Run representative data through it within `with quantizer.compute_encodings():`"
+            )
         raise RuntimeError(
-            f"{self} was called before its range was set. Run representative data through it "
-            "within "
-            "`with quantizer.compute_encodings():`, call its set_range(min, max), or load a state "
-            "dict or encodings."
+            f"{name} was called before its range was set. {remedy}, call its set_range(min, max), "
+            "or load a state dict or encodings."
         )
 
     # -- overwriting -------------------------------------------------------------------------------
