@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,16 +89,18 @@ def test_a_cpp_program_uses_the_ops(library: Path, tmp_path: Path) -> None:
     assert compiler, "a C++ compiler is among the project's requirements"
 
     class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(2.0))
+            self.register_buffer("offset", torch.tensor(0.0))
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.ops.rimet.quantize_dequantize(
-                x, torch.tensor(2.0), torch.tensor(0.0), -8, 7
-            )
+            return torch.ops.rimet.quantize_dequantize(x, self.scale, self.offset, -8, 7)
 
-    import warnings
-
+    model = str(tmp_path / "model.pt")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = str(tmp_path / "model.pt")
+        # torch.jit's own deprecation notices.
+        warnings.simplefilter("ignore")
         torch.jit.trace(Model(), torch.zeros(4)).save(model)
     program = tmp_path / "consumer"
     run(
