@@ -7,20 +7,24 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-VENV := .venv
+# Another absolute path here lets several working trees share one environment (not one build).
+VENV ?= $(CURDIR)/.venv
 BIN := $(VENV)/bin
 RUST_SOURCES := Cargo.toml Cargo.lock build.rs pyproject.toml .cargo/config.toml \
 	$(shell find src csrc -type f)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # cargo's build scripts ask the active environment for torch.
-export VIRTUAL_ENV := $(CURDIR)/$(VENV)
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export VIRTUAL_ENV := $(VENV)
+export PATH := $(BIN):$(PATH)
+# This tree's package, whichever tree the environment was made in.
+export PYTHONPATH := $(CURDIR)/python
 # Programs of cargo (tests, examples) find libtorch there. No path is written into any binary.
 WITH_TORCH = LD_LIBRARY_PATH="$$($(BIN)/python -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))')$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}"
 # The extension and the plain library are builds with different features: each keeps its own folder,
 # so that neither makes the other stale.
 PYTHON_TARGET := target/python
+BUILT := $(PYTHON_TARGET)/.built
 
 .PHONY: help
 help: ## list the targets
@@ -34,14 +38,14 @@ $(VENV)/.installed: requirements-dev.txt
 	$(BIN)/python -c 'import torch, maturin'
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
+$(BUILT): $(VENV)/.installed $(RUST_SOURCES)
 	@echo "== release build of the extension (the first takes some 4 minutes: torch's C++ API)"
 	$(BIN)/maturin develop --release --locked --skip-install --target-dir $(PYTHON_TARGET)
 	@echo '$(CURDIR)/python' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rimet.pth"
 	@touch $@
 
 .PHONY: build
-build: $(VENV)/.built ## environment and extension
+build: $(BUILT) ## environment and extension
 
 .PHONY: library
 library: $(VENV)/.installed ## librimet.so and the crate, without Python
@@ -97,4 +101,4 @@ peers: .venv-peers/.installed ## the environment of the packages we measure agai
 .PHONY: clean
 clean: ## remove builds, keep the environments
 	cargo clean
-	rm -f $(VENV)/.built python/rimet/_core*.so
+	rm -f $(BUILT) python/rimet/_core*.so
