@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 9] = [
     "schemas.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
+    "float.cpp",
+    "grouped_block.cpp",
     "min_max.cpp",
     "parallel.cpp",
     "rust_api.cpp",

@@ -12,6 +12,9 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
+mod float;
+mod grouped_block;
+
 /// Status codes of the boundary.
 const OK: i32 = 0;
 const VALUE_ERROR: i32 = 1;
@@ -92,6 +95,27 @@ const FLOAT16: i32 = 5;
 const FLOAT32: i32 = 6;
 const FLOAT64: i32 = 7;
 const BFLOAT16: i32 = 15;
+
+/// Calls a generic function for the stored type, the compute type and the operation.
+macro_rules! for_types {
+    ($dtype:expr, $double:expr, $function:ident ( $($argument:expr),* )) => {
+        match ($dtype, $double != 0) {
+            (FLOAT32, false) => $function::<f32, f32>($($argument),*),
+            (FLOAT32, true) => $function::<f32, f64>($($argument),*),
+            (FLOAT64, _) => $function::<f64, f64>($($argument),*),
+            (FLOAT16, false) => $function::<f16, f32>($($argument),*),
+            (FLOAT16, true) => $function::<f16, f64>($($argument),*),
+            (BFLOAT16, false) => $function::<bf16, f32>($($argument),*),
+            (BFLOAT16, true) => $function::<bf16, f64>($($argument),*),
+            (other, _) => Err(Error::type_(
+                "input",
+                "a tensor of float16, bfloat16, float32 or float64",
+                format!("dtype number {other}"),
+            )),
+        }
+    };
+}
+use for_types;
 
 /// # Safety
 /// `p` points to `n` integers, or `n` is 0.
@@ -204,26 +228,6 @@ impl Affine {
         cpu::range_to_scale_offset(first, second, grid, self.symmetric != 0, scale, offset);
         body(Encodings { scale, offset })
     }
-}
-
-/// Calls a generic function for the stored type, the compute type and the operation.
-macro_rules! for_types {
-    ($dtype:expr, $double:expr, $function:ident ( $($argument:expr),* )) => {
-        match ($dtype, $double != 0) {
-            (FLOAT32, false) => $function::<f32, f32>($($argument),*),
-            (FLOAT32, true) => $function::<f32, f64>($($argument),*),
-            (FLOAT64, _) => $function::<f64, f64>($($argument),*),
-            (FLOAT16, false) => $function::<f16, f32>($($argument),*),
-            (FLOAT16, true) => $function::<f16, f64>($($argument),*),
-            (BFLOAT16, false) => $function::<bf16, f32>($($argument),*),
-            (BFLOAT16, true) => $function::<bf16, f64>($($argument),*),
-            (other, _) => Err(Error::type_(
-                "input",
-                "a tensor of float16, bfloat16, float32 or float64",
-                format!("dtype number {other}"),
-            )),
-        }
-    };
 }
 
 unsafe fn forward<T: Element<C>, C: Compute>(

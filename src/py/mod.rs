@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 
 mod backend;
 mod calibration;
+mod encoding;
 mod error;
 mod export;
 mod graph;
@@ -17,6 +18,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     backend::register(module)?;
     calibration::register(module)?;
+    encoding::register(module)?;
     export::register(module)?;
     graph::register(module)?;
     Ok(())

@@ -4,6 +4,8 @@
 
 pub mod affine;
 mod element;
+pub mod float;
+pub mod grouped_block;
 pub mod isa;
 pub mod min_max;
 mod parallel;

@@ -25,6 +25,9 @@ BACKWARD = {
     "quantize_dequantize_backward",
     "quantize_dequantize_range_backward",
     "range_to_scale_offset_backward",
+    "float_quantize_backward",
+    "float_quantize_dequantize_backward",
+    "grouped_block_scale_backward",
 }
 # Not a tensor op.
 PLAIN = {"_version"}
@@ -90,6 +93,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 QMIN, QMAX = 0, 15
+# E3M2 of OCP: small enough for the data to go beyond it.
+FORMAT = (3, 2, True, False)
+FORMAT_VALUES = reference.float_values(*FORMAT)
 
 # name -> (names of its tensors, call of the op, call of the reference)
 ENTRIES: dict[str, tuple[list[str], Callable[..., Any], Callable[..., Any]]] = {
@@ -117,6 +123,18 @@ ENTRIES: dict[str, tuple[list[str], Callable[..., Any], Callable[..., Any]]] = {
             x, a, b, QMIN, QMAX, False, block_size=g.block, **k
         ),
     ),
+    "float_quantize": (
+        ["x", "scale"],
+        lambda g, x, s: OPS.float_quantize(x, s, *FORMAT, g.block),
+        lambda g, x, s, **k: reference.float_quantize(x, s, FORMAT_VALUES, block_size=g.block, **k),
+    ),
+    "float_quantize_dequantize": (
+        ["x", "scale"],
+        lambda g, x, s: OPS.float_quantize_dequantize(x, s, *FORMAT, g.block),
+        lambda g, x, s, **k: reference.float_quantize_dequantize(
+            x, s, FORMAT_VALUES, block_size=g.block, **k
+        ),
+    ),
 }
 GRADIENTS: dict[str, Callable[..., Any]] = {
     "quantize": lambda g, grad, x, s, o: reference.quantize_grad(
@@ -131,8 +149,14 @@ GRADIENTS: dict[str, Callable[..., Any]] = {
     "quantize_dequantize_range": lambda g, grad, x, a, b: reference.quantize_dequantize_range_grad(
         grad, x, a, b, QMIN, QMAX, False, block_size=g.block
     ),
+    "float_quantize": lambda g, grad, x, s: reference.float_quantize_grad(
+        grad, x, s, FORMAT_VALUES, block_size=g.block
+    ),
+    "float_quantize_dequantize": lambda g, grad, x, s: reference.float_quantize_dequantize_grad(
+        grad, x, s, FORMAT_VALUES, block_size=g.block
+    ),
 }
-OTHER = {"range_to_scale_offset", "min_max"}
+OTHER = {"range_to_scale_offset", "min_max", "grouped_block_scale"}
 
 
 def test_every_op_is_listed() -> None:
@@ -203,6 +227,8 @@ def test_opcheck(name: str, geometry: str) -> None:
         "dequantize": (g.block,),
         "quantize_dequantize": (QMIN, QMAX, 0.0, g.block),
         "quantize_dequantize_range": (QMIN, QMAX, False, 0.0, g.block),
+        "float_quantize": (*FORMAT, g.block),
+        "float_quantize_dequantize": (*FORMAT, g.block),
     }
     opcheck(getattr(OPS, name).default, (*arguments, *plain[name]))
 
@@ -214,6 +240,7 @@ def test_opcheck_of_the_others() -> None:
         (low.requires_grad_(), high.requires_grad_(), 0, 255, False),
     )
     opcheck(OPS.min_max.default, (torch.randn(4, 6), [4, 2], [1, 3]))
+    opcheck(OPS.grouped_block_scale.default, (torch.rand(4, 6).requires_grad_(), [1, 3], 16))
 
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != "empty"])
@@ -240,6 +267,60 @@ def test_range_to_scale_offset(symmetric: bool) -> None:
     )
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b.float())
+
+
+GROUPINGS: dict[str, tuple[tuple[int, ...], list[int], int]] = {
+    "rows": ((4, 6), [1, -1], 16),
+    "some": ((4, 6, 1, 1), [2, 3, 1, -1], 16),
+    "each-its-own": ((4, 6), [1, 1], 16),
+    "all": ((30, 40), [-1, -1], 256),
+    "one-level": ((4, 6), [1, 3], 1),
+    "scalar": ((), [], 16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_grouped_block_scale(name: str, dtype: torch.dtype) -> None:
+    shape, grouping, levels = GROUPINGS[name]
+    generator = torch.Generator().manual_seed(5)
+
+    def rand(*size: int) -> torch.Tensor:
+        return torch.rand(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    scale = rand(*shape) + 0.01
+    if scale.dim() > 1:
+        scale[1] = scale[0]  # largest scales that are equal share the gradient
+        scale[0, 0] = 1e-4  # below the first level
+    got = OPS.grouped_block_scale(scale.requires_grad_(), grouping, levels)
+    expected = reference.grouped_block_scale(scale, grouping, levels)
+    weights = [rand(*tensor.shape) for tensor in expected]
+    for a, b in zip(got, expected, strict=True):
+        # The same operations in the same order: the same bits.
+        assert a.shape == b.shape and torch.equal(a, b)
+    (grad,) = torch.autograd.grad(got, scale, weights)
+    wide = scale.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(
+        reference.grouped_block_scale(wide, grouping, levels), wide, [w.double() for w in weights]
+    )
+    # Float32 terms against float64 ones; the reference takes differences of two large sums.
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(
+        grad.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item()
+    )
+    # Devices without kernels of their own.
+    composite = torch._C.DispatchKey.CompositeExplicitAutograd
+    plain = OPS.grouped_block_scale.default._op_dk(composite, scale.detach(), grouping, levels)
+    for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a.detach(), b)
+    other = OPS.grouped_block_scale_backward.default._op_dk(
+        composite, *weights, scale.detach(), grouping, levels
+    )
+    torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-5 * grad.abs().max().item())
+    (alone,) = torch.autograd.grad(
+        OPS.grouped_block_scale(scale, grouping, levels)[1], scale, weights[1]
+    )
+    assert alone.isfinite().all()
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -297,6 +378,35 @@ def test_devices_without_kernels_compute_the_same() -> None:
         assert torch.equal(y, OPS.quantize_dequantize_range(x, a, b, 0, 15, False, 0.0, g.block))
 
 
+@pytest.mark.parametrize(
+    "fields", [FORMAT, (4, 3, True, True), (8, 7, False, False), (3, 0, True, False)]
+)
+@pytest.mark.parametrize("name", ["float_quantize", "float_quantize_dequantize"])
+def test_devices_without_float_kernels_compute_the_same(name: str, fields: tuple[Any, ...]) -> None:
+    composite = torch._C.DispatchKey.CompositeExplicitAutograd
+    for geometry in ("per-tensor", "per-channel-1", "blocks", "channels-last", "strided"):
+        g = GEOMETRIES[geometry]
+        for dtype in DTYPES:
+            data = tensors(g, dtype)
+            x, scale, grad = data["x"], data["scale"], data["grad"]
+            position = torch.arange(x.numel()).view(x.shape)
+            for i, value in enumerate((float("nan"), float("inf"), -float("inf"), -0.0)):
+                x = g.layout(x.masked_fill(position % 20 == i, value))
+            op, backward = getattr(OPS, name).default, getattr(OPS, f"{name}_backward").default
+            arguments = (*fields, g.block)
+            expected = op(x, scale, *arguments)
+            got = op._op_dk(composite, x, scale, *arguments)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+            x = data["x"]
+            expected = backward(grad, x, scale, *arguments, [True, True])
+            got = backward._op_dk(composite, grad, x, scale, *arguments, [True, True])
+            assert torch.equal(got[0], expected[0])
+            # Sums in another order.
+            torch.testing.assert_close(
+                got[1], expected[1], rtol=1e-4, atol=1e-4 * expected[1].abs().max().item()
+            )
+
+
 def test_grids_beyond_float32_are_computed_in_float64() -> None:
     x = torch.tensor([0.1, -3.7, 123.456, 2e9], dtype=torch.float32)
     scale, offset = torch.tensor(1e-7), torch.tensor(0.0)
@@ -327,6 +437,27 @@ def test_nan_and_infinity() -> None:
         (lambda x, s: OPS.quantize_dequantize(x, s, s, 0, 5, 0.3, [2]), ValueError, ["shift"]),
         (lambda x, s: OPS.quantize(x, s, s, 0, 2**40, [2]), ValueError, ["32 bits"]),
         (lambda x, s: OPS.min_max(x[:0], [1]), ValueError, ["empty", "[0, 6]"]),
+        (lambda x, s: OPS.float_quantize(x, s, 9, 2), ValueError, ["exponent_bits", "0 to 8"]),
+        (lambda x, s: OPS.float_quantize(x, s, 4, 3), ValueError, ["scale", "[4, 6]", "[3]"]),
+        (
+            lambda x, s: OPS.float_quantize(x.int(), s, 4, 3, True, False, [2]),
+            TypeError,
+            ["float16"],
+        ),
+        (lambda x, s: OPS.float_quantize(x, s.int(), 4, 3), TypeError, ["scale"]),
+        (
+            lambda x, s: OPS.float_quantize_dequantize(x, s[:1], 4, 3, False, True),
+            ValueError,
+            ["unsigned_zero", "float_quantize_dequantize"],
+        ),
+        (lambda x, s: OPS.grouped_block_scale(s, [2], 16), ValueError, ["block_grouping", "3"]),
+        (
+            lambda x, s: OPS.grouped_block_scale(s, [1, 1], 16),
+            ValueError,
+            ["block_grouping", "one"],
+        ),
+        (lambda x, s: OPS.grouped_block_scale(s, [1], 0), ValueError, ["levels"]),
+        (lambda x, s: OPS.grouped_block_scale(s.int(), [1], 2), TypeError, ["scale"]),
     ],
 )
 def test_hostile_input_is_a_typed_error(
