@@ -1,0 +1,3 @@
+//! Post-training quantization: what the techniques are made of.
+
+pub mod activation_store;
