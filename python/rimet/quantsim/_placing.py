@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from rimet.quantization.encoding_analyzer import (
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_ANALYZERS: dict[QuantScheme, type[EncodingAnalyzer[Any]]] = {
+_ANALYZERS: dict[QuantScheme, Callable[[tuple[int, ...]], EncodingAnalyzer[Any]]] = {
     QuantScheme.min_max: MinMaxEncodingAnalyzer,
     QuantScheme.training_range_learning_with_tf_init: MinMaxEncodingAnalyzer,
     QuantScheme.post_training_tf_enhanced: TfEnhancedEncodingAnalyzer,

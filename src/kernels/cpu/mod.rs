@@ -11,6 +11,8 @@ pub mod min_max;
 mod parallel;
 mod range;
 mod reduce;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 pub use element::{Compute, Element};

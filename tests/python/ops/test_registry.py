@@ -5,7 +5,12 @@ The list of ops comes from torch's registry, so an op without an entry here fail
 
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -512,15 +517,55 @@ def test_script_trace_compile_export_autocast(tmp_path: Any) -> None:
     torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.15)
 
 
-def test_threads_of_python_get_the_same_results() -> None:
-    from concurrent.futures import ThreadPoolExecutor
+@pytest.mark.parametrize("name", ENTRIES)
+def test_threads_of_python_get_the_same_results(name: str) -> None:
+    names, op, _ = ENTRIES[name]
+    jobs = [
+        (GEOMETRIES[geometry], seed)
+        for geometry in ("chunks", "long-runs", "per-channel-1", "blocks")
+        for seed in range(3)
+    ]
 
-    data = tensors(GEOMETRIES["chunks"], torch.float32)
-    expected = OPS.quantize_dequantize_range(data["x"], data["min"], data["max"], 0, 15, False)
+    def run(job: tuple[Geometry, int]) -> list[torch.Tensor]:
+        g, seed = job
+        data = tensors(g, torch.float32, seed)
+        arguments = [data[n].requires_grad_() for n in names]
+        y = op(g, *arguments)
+        return [y.detach(), *torch.autograd.grad(y, arguments, data["grad"])]
 
-    def call(_: int) -> bool:
-        y = OPS.quantize_dequantize_range(data["x"], data["min"], data["max"], 0, 15, False)
-        return torch.equal(y, expected)
-
+    expected = [run(job) for job in jobs]
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(call, range(64)))
+        results = list(pool.map(run, jobs * 4))
+    for i, result in enumerate(results):
+        for got, want in zip(result, expected[i % len(jobs)], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_ops_release_the_gil() -> None:
+    # Nobody is made to give up the GIL, so that the other thread counts on only where it is given up:
+    # in its own sleep, and inside the op.
+    interval = sys.getswitchinterval()
+    counter = itertools.count()
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            next(counter)
+            time.sleep(0)
+
+    x, scale, offset = torch.randn(2_000_000), torch.tensor(0.1), torch.tensor(0.0)
+    sys.setswitchinterval(1000)
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for _ in range(200):
+            before = next(counter)
+            OPS.quantize_dequantize(x, scale, offset, -8, 7)
+            if next(counter) > before + 1:
+                break
+        else:
+            pytest.fail("no other thread ran during 200 calls")
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
