@@ -5,6 +5,7 @@
 use pyo3::prelude::*;
 
 mod backend;
+mod batch_norm_fold;
 mod calibration;
 mod error;
 mod export;
@@ -16,6 +17,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     backend::register(module)?;
+    batch_norm_fold::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;

@@ -16,6 +16,7 @@ ENGINE = {
     "calibration": {"encoding", "error", "kernels", "ops"},
     "graph": {"encoding", "error"},
     "export": {"encoding", "error"},
+    "ptq": {"calibration", "error", "graph", "ops"},
     "nn": {"calibration", "encoding", "error", "ops"},
 }
 # Inside the package: lower layers first.

@@ -1,0 +1,9 @@
+//! Post-training techniques, each as a function of tensors.
+//!
+//! What a technique applies to is found on the graph ([`crate::graph`]); nothing here knows modules. Tensors
+//! may be on any device. Arithmetic is float64 inside and rounded once, to the dtype that came.
+
+pub mod batch_norm_fold;
+mod layer;
+
+pub use layer::Layer;
