@@ -15,8 +15,8 @@ ENGINE = {
     "ops": {"encoding", "error", "kernels"},
     "calibration": {"encoding", "error", "kernels", "ops"},
     "graph": {"encoding", "error"},
+    "ptq": {"calibration", "encoding", "error", "graph", "kernels", "ops"},
     "export": {"encoding", "error"},
-    "ptq": {"calibration", "error", "graph", "ops"},
     "nn": {"calibration", "encoding", "error", "ops"},
 }
 # Inside the package: lower layers first.
