@@ -4,20 +4,26 @@
 
 use pyo3::prelude::*;
 
+mod activation_store;
 mod backend;
+mod batch_norm_fold;
 mod calibration;
 mod error;
 mod export;
 mod graph;
+mod program;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    activation_store::register(module)?;
     backend::register(module)?;
+    batch_norm_fold::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
+    program::register(module)?;
     Ok(())
 }

