@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "schemas.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
+    "cuda.cpp",
     "float.cpp",
     "grouped_block.cpp",
     "min_max.cpp",

@@ -115,10 +115,13 @@ impl FloatFormat {
         self.max_exponent() - ((1 << self.exponent_bits) - 2)
     }
 
-    /// Whether float32 holds all values of the format; otherwise kernels compute in float64.
+    /// Whether float32 holds all values of the format, and its normal values as normal ones; otherwise
+    /// kernels compute in float64.
     pub fn fits_f32(&self) -> bool {
         const FINEST: i32 = -149;
-        self.max_exponent() <= 127 && self.min_exponent() - self.mantissa_bits as i32 >= FINEST
+        self.max_exponent() <= f32::MAX_EXP - 1
+            && self.min_exponent() >= f32::MIN_EXP - 1
+            && self.min_exponent() - self.mantissa_bits as i32 >= FINEST
     }
 }
 
@@ -156,6 +159,7 @@ mod tests {
         }
         assert!(!format(8, 23, false, false).fits_f32(), "too fine");
         assert!(!format(8, 7, true, false).fits_f32(), "too large");
+        assert!(!format(8, 3, false, false).fits_f32(), "normal at 2^-127");
     }
 
     #[test]
