@@ -49,8 +49,4 @@ const char* rimet_isa();
 
 // schemas.cpp: see there.
 const char* rimet_register_ops();
-
-// In the other direction: torch's intra-op threads for the engine (parallel.cpp).
-void rimet_parallel_for(int64_t begin, int64_t end, int64_t grain,
-                        void (*body)(const void*, int64_t, int64_t), const void* context);
 }
