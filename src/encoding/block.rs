@@ -198,6 +198,14 @@ impl BlockGeometry {
         }
     }
 
+    /// The innermost loop, in memory order; a single iteration for a tensor without dimensions.
+    pub fn inner(&self) -> GeometryDim {
+        self.dims().last().copied().unwrap_or(GeometryDim {
+            size: 1,
+            group_stride: 0,
+        })
+    }
+
     /// Whether one encoding serves the whole tensor.
     pub fn is_uniform(&self) -> bool {
         self.dims().iter().all(|d| d.group_stride == 0)

@@ -270,7 +270,7 @@ impl<O: AffineOp, T: Element<C>, C: Compute> Forward<'_, O, T, C> {
     fn walk<S: Simd, const STREAM: bool>(&self) {
         let Encodings { scale, offset } = self.encodings;
         let geometry = self.geometry;
-        let inner = geometry.dims().last().copied().unwrap_or_default();
+        let inner = geometry.inner();
         if inner.group_stride == 0 && (inner.size >= LANES || geometry.is_uniform()) {
             for p in Pieces::new(geometry, self.begin, self.end) {
                 let (mut start, mut group) = (p.start, p.group);

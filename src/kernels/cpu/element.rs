@@ -269,7 +269,7 @@ const STREAM_BYTES: usize = 24 << 20;
 /// Whether an output is large enough to be written past the cache, and made of runs that leave few lines
 /// to be written in parts.
 pub fn streams<T>(output: *const T, geometry: &BlockGeometry) -> bool {
-    let run = geometry.dims().last().map_or(1, |d| d.size);
+    let run = geometry.inner().size;
     let whole_lines =
         run.is_multiple_of(LANES) && (output as usize).is_multiple_of(stream_alignment::<T>());
     geometry.numel() * size_of::<T>() >= STREAM_BYTES && (whole_lines || run >= 64 * LANES)

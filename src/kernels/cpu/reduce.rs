@@ -127,7 +127,7 @@ pub fn reduce<R: Reduction>(geometry: &BlockGeometry, reduction: &R) -> Vec<R::P
     if numel == 0 {
         return result;
     }
-    let inner = geometry.dims().last().copied().unwrap_or_default();
+    let inner = geometry.inner();
     let shared_runs = inner.group_stride == 0;
     if shared_runs && inner.size <= CHUNK && numel == inner.size * geometry.num_groups() {
         // Each run is an encoding of its own: its result is the result.
