@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "schemas.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
+    "cuda.cpp",
     "min_max.cpp",
     "rust_api.cpp",
 ];
