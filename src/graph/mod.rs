@@ -4,12 +4,15 @@
 //! returns a [`Graph`]. Nothing here knows Python or holds tensors, so the pattern matching of
 //! [`pattern`] and the quantizer placement of [`placement`] can be tested on hand-made graphs.
 
+pub mod batch_norm_fold;
 pub mod config;
+pub mod cross_layer_equalization;
 pub mod error;
 pub mod functional;
 pub mod op_types;
 pub mod pattern;
 pub mod placement;
+pub mod program;
 
 use std::collections::HashMap;
 

@@ -4,20 +4,30 @@
 
 use pyo3::prelude::*;
 
+mod activation_store;
 mod backend;
+mod batch_norm_fold;
+mod bias_correction;
 mod calibration;
+mod cross_layer_equalization;
 mod error;
 mod export;
 mod graph;
+mod program;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    activation_store::register(module)?;
     backend::register(module)?;
+    batch_norm_fold::register(module)?;
+    bias_correction::register(module)?;
+    cross_layer_equalization::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
+    program::register(module)?;
     Ok(())
 }
