@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 9] = [
     "schemas.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
@@ -12,7 +12,6 @@ const SOURCES: [&str; 10] = [
     "float.cpp",
     "grouped_block.cpp",
     "min_max.cpp",
-    "parallel.cpp",
     "rust_api.cpp",
 ];
 

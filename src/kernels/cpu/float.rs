@@ -3,9 +3,10 @@
 //! `nearest(x / scale) [* scale]`, where `nearest` rounds to the format's values, ties to even,
 //! saturating; see `docs/numerics.md`.
 
-use super::element::{load, store, Compute, Element, LANES};
+use super::element::{load, load_part, store, store_part, Compute, Element, LANES};
 use super::isa::Simd;
 use super::reduce::{reduce, Reduction};
+use super::vector::Vector;
 use crate::encoding::{BlockGeometry, FloatFormat};
 use std::marker::PhantomData;
 
@@ -152,6 +153,39 @@ impl FloatOp for FloatQuantizeDequantize {
     }
 }
 
+/// Reads up to sixteen elements; the lanes beyond `n` are zero.
+///
+/// # Safety
+/// `p` is valid for reads of `n.min(16)` elements.
+#[inline(always)]
+unsafe fn read<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> [C; LANES] {
+    // SAFETY: by the contract.
+    unsafe {
+        if n >= LANES {
+            load::<S, T, C>(p).to_array()
+        } else {
+            load_part::<S, T, C>(p, n).to_array()
+        }
+    }
+}
+
+/// Writes the first `n.min(16)` of sixteen values.
+///
+/// # Safety
+/// `p` is valid for writes of `n.min(16)` elements.
+#[inline(always)]
+unsafe fn write<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize, values: [C; LANES]) {
+    let values = <C::V<S>>::from_array(values);
+    // SAFETY: by the contract.
+    unsafe {
+        if n >= LANES {
+            store::<S, T, C, false>(p, values);
+        } else {
+            store_part::<S, T, C>(p, n, values);
+        }
+    }
+}
+
 /// A walk that only writes: nothing is reduced.
 struct Forward<'a, O, T, C: RoundToFormat> {
     scale: &'a [C],
@@ -171,12 +205,12 @@ impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Forward<'_, O, T, C> {
     unsafe fn block<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES]) {
         // SAFETY: by the contract.
         unsafe {
-            let x = load::<S, T, C>(self.input.add(at), n);
+            let x = read::<S, T, C>(self.input.add(at), n);
             let mut y = [C::ZERO; LANES];
             for j in 0..LANES {
                 y[j] = O::value(x[j], scale[j], &self.rounding);
             }
-            store::<S, T, C>(self.output.add(at), n, &y);
+            write::<S, T, C>(self.output.add(at), n, y);
         }
     }
 }
@@ -271,15 +305,15 @@ impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Backward<'_, O, T, C> {
     unsafe fn block<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES]) -> [C; LANES] {
         // SAFETY: by the contract.
         unsafe {
-            let g = load::<S, T, C>(self.grad.add(at), n);
-            let x = load::<S, T, C>(self.input.add(at), n);
+            let g = read::<S, T, C>(self.grad.add(at), n);
+            let x = read::<S, T, C>(self.input.add(at), n);
             let mut gx = [C::ZERO; LANES];
             let mut gs = [C::ZERO; LANES];
             for j in 0..LANES {
                 (gx[j], gs[j]) = O::gradient(g[j], x[j], scale[j], &self.rounding);
             }
             if !self.grad_input.is_null() {
-                store::<S, T, C>(self.grad_input.add(at), n, &gx);
+                write::<S, T, C>(self.grad_input.add(at), n, gx);
             }
             gs
         }

@@ -5,7 +5,7 @@
 //! scale depends on the largest of them.
 
 use super::affine::{self, Encodings, QuantizeDequantize};
-use super::element::{Compute, Element};
+use super::element::Compute;
 use super::min_max::min_max;
 use super::walk::Pieces;
 use crate::encoding::{AffineGrid, BlockGeometry};
@@ -20,7 +20,7 @@ struct Groups<'a, C> {
     offset: Vec<C>,
 }
 
-impl<'a, C: Compute + Element<C>> Groups<'a, C> {
+impl<'a, C: Compute> Groups<'a, C> {
     fn new(geometry: &'a BlockGeometry, levels: i64, scale: &[C]) -> Result<Self> {
         assert_eq!(scale.len(), geometry.numel());
         // No quotient exceeds `levels`, so a grid of at least two points does for one level too.
@@ -52,8 +52,10 @@ impl<'a, C: Compute + Element<C>> Groups<'a, C> {
         let pieces = Pieces::new(self.geometry, 0, scale.len());
         let stride = pieces.inner_stride;
         for piece in pieces {
-            for j in 0..piece.len {
-                let (block, group) = (piece.start + j, piece.group + j * stride);
+            for i in 0..piece.len * piece.count {
+                let (run, j) = (i / piece.len, i % piece.len);
+                let group = piece.group + run * piece.group_step + j * stride;
+                let block = piece.start + i;
                 if scale[block] == self.largest[group] {
                     f(block, group);
                 }
@@ -70,7 +72,7 @@ impl<'a, C: Compute + Element<C>> Groups<'a, C> {
 ///
 /// # Panics
 /// If the slices are not of `geometry.numel()` elements.
-pub fn forward<C: Compute + Element<C>>(
+pub fn forward<C: Compute>(
     geometry: &BlockGeometry,
     levels: i64,
     scale: &[C],
@@ -99,7 +101,7 @@ pub fn forward<C: Compute + Element<C>>(
 ///
 /// # Panics
 /// If the slices are not of `geometry.numel()`, or `grad_group` of `geometry.num_groups()`, elements.
-pub fn backward<C: Compute + Element<C>>(
+pub fn backward<C: Compute>(
     geometry: &BlockGeometry,
     levels: i64,
     scale: &[C],

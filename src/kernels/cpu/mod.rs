@@ -13,6 +13,7 @@ mod range;
 mod reduce;
 #[cfg(test)]
 mod tests;
+mod vector;
 mod walk;
 
 pub use element::{Compute, Element};

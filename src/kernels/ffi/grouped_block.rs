@@ -3,7 +3,7 @@
 use super::{integers, status, View, FLOAT64};
 use crate::encoding::BlockGeometry;
 use crate::error::Result;
-use crate::kernels::cpu::{grouped_block, Compute, Element};
+use crate::kernels::cpu::{grouped_block, Compute};
 use std::ffi::c_void;
 
 /// Block scales, and the groups they are put in: how many along each dimension.
@@ -50,7 +50,7 @@ pub unsafe extern "C" fn rimet_grouped_block_scale(
     output: *mut c_void,
     group_scale: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute + Element<C>>(
+    unsafe fn write<C: Compute>(
         scale: &View,
         shape: *const i64,
         levels: i64,
@@ -95,7 +95,7 @@ pub unsafe extern "C" fn rimet_grouped_block_scale_backward(
     grad_group: *const c_void,
     output: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute + Element<C>>(
+    unsafe fn write<C: Compute>(
         scale: &View,
         shape: *const i64,
         levels: i64,
