@@ -346,6 +346,7 @@ unsafe fn backward<T: Element<C>, C: Compute>(
     };
     if affine.is_range != 0 && n > 0 {
         let rule = RangeGradient::<C>::new(&grid, affine.symmetric != 0);
+        // SAFETY: `first` and `second` hold `n` elements of the compute type.
         let (min, max) = unsafe {
             (
                 std::slice::from_raw_parts(affine.first.cast::<C>(), n),
@@ -355,6 +356,7 @@ unsafe fn backward<T: Element<C>, C: Compute>(
         rule.apply_all(min, max, &mut sums);
     }
     for (i, sum) in sums.iter().enumerate() {
+        // SAFETY: the outputs hold one element for each of the sums.
         unsafe {
             if !grad_first.is_null() {
                 grad_first.cast::<C>().add(i).write(C::from_f64(sum.0));
