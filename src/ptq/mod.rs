@@ -1,3 +1,10 @@
-//! Post-training quantization: what the techniques are made of.
+//! Post-training techniques, each as a function of tensors, and what they are made of.
+//!
+//! What a technique applies to is found on the graph ([`crate::graph`]); nothing here knows modules. Tensors
+//! may be on any device. Arithmetic on parameters is float64 inside and rounded once, to the dtype that came.
 
 pub mod activation_store;
+pub mod batch_norm_fold;
+mod layer;
+
+pub use layer::Layer;

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 
 mod activation_store;
 mod backend;
+mod batch_norm_fold;
 mod calibration;
 mod error;
 mod export;
@@ -19,6 +20,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     activation_store::register(module)?;
     backend::register(module)?;
+    batch_norm_fold::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
