@@ -28,7 +28,14 @@ from rimet import _core
 from rimet._graph.activation import Activation, following_activation
 from rimet._graph.inputs import ForwardFn, forward
 from rimet._graph.live import DEFAULT_MEMORY_SHARE, LiveBatches, LiveTensors, free_memory
-from rimet._graph.program import Execution, Program, ReplayError, own_run, signature_of
+from rimet._graph.program import (
+    Execution,
+    Program,
+    Reason,
+    ReplayError,
+    own_run,
+    signature_of,
+)
 from rimet._graph.program_recorder import record_program
 from rimet._graph.recorder import in_evaluation_mode
 from rimet._graph.replay import verify
@@ -325,7 +332,7 @@ class WalkReport:
 
 
 class Visit:
-    """A layer, with what goes in and what comes out on each batch.
+    """A layer, with what goes in and what comes out on each batch, until the next visit begins.
 
     Attributes:
         path: the layer's path in both models.
@@ -542,7 +549,7 @@ class StreamingWalk:
 
     def _programs(self, name: str, model: nn.Module, paths: list[str]) -> dict[Any, Program]:
         """A trusted program for each signature: recorded on its first batch, verified on its
-        second.
+        last.
         """
         by_signature: dict[Any, list[int]] = {}
         for index, batch in enumerate(self.batches):
@@ -551,7 +558,13 @@ class StreamingWalk:
         for signature, members in by_signature.items():
             program, _ = record_program(model, self.batches[members[0]], self._forward, paths)
             self._records.setdefault(name, program)
-            verify(program, model, self.batches[members[min(1, len(members) - 1)]], self._forward)
+            try:
+                verify(program, model, self.batches[members[-1]], self._forward)
+            except ReplayError as error:
+                if error.reason not in (Reason.GUARD, Reason.SHAPE):
+                    raise
+                # It decides otherwise, and will get a program of its own. This one needs its proof still.
+                verify(program, model, self.batches[members[0]], self._forward)
             programs[signature] = program
         return programs
 

@@ -156,10 +156,11 @@ class Deciding(Net):
         return self.head(self.conv3(x).mean((2, 3)))
 
 
-def test_batches_that_decide_otherwise_get_programs_of_their_own() -> None:
+@pytest.mark.parametrize("scales", [(0.1, 0.1, 30.0, 0.1), (0.1, 0.1, 30.0), (30.0, 0.1)])
+def test_batches_that_decide_otherwise_get_programs_of_their_own(scales: tuple[float]) -> None:
     torch.manual_seed(0)
     model = Deciding().eval()
-    batches = [torch.randn(2, 2, 8, 8) * s for s in (0.1, 0.1, 30.0, 0.1)]
+    batches = [torch.randn(2, 2, 8, 8) * scale for scale in scales]
     walk = StreamingWalk(model, None, batches)
     for visit in walk.visit(PATHS):
         for i, batch in enumerate(batches):
