@@ -17,6 +17,9 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 # cargo's build scripts ask the active environment for torch.
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(BIN):$(PATH)
+# As maturin sets them: pyo3, and with it torch-sys, is built anew for other values.
+export PYO3_PYTHON := $(BIN)/python
+PYO3_SIGNATURE = $$($(BIN)/python -c 'import sys; print("cpython-%d.%d-64bit" % sys.version_info[:2])')
 # This tree's package, whichever tree the environment was made in.
 export PYTHONPATH := $(CURDIR)/python
 # Programs of cargo (tests, examples) find libtorch there. No path is written into any binary.
@@ -70,10 +73,31 @@ test-rust: $(VENV)/.installed ## the engine's tests, without Python
 test-python: build library ## the package's tests
 	$(BIN)/python -m pytest -q
 
+.PHONY: test-cuda
+test-cuda: build ## the tests that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-cuda: no CUDA device on this machine")'
+	$(BIN)/python -m pytest -q -m cuda  # fails if there is no such test
+
+# Racecheck and memcheck over every kernel; compute-sanitizer comes with the CUDA toolkit.
+.PHONY: sanitize-cuda
+sanitize-cuda: build ## compute-sanitizer over the CUDA kernels
+	@command -v compute-sanitizer > /dev/null || { echo "sanitize-cuda: no compute-sanitizer (it comes with the CUDA toolkit)"; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("sanitize-cuda: no CUDA device on this machine")'
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --kernel-regex kns=_ --error-exitcode 1 --target-processes all \
+			$(BIN)/python -m pytest -q -m cuda -p no:cacheprovider \
+			tests/python/ops/test_registry.py -k "reference or closed_form or min_max"; \
+	done
+
+.PHONY: bench-cuda
+bench-cuda: build ## benchmarks on a CUDA device, against a copy of the same bytes
+	$(BIN)/python -m benchmarks.cuda
+
 .PHONY: lint
 lint: build ## formatters, clippy, ruff, mypy, stubtest
 	cargo fmt --check
-	cargo clippy --release --locked --features python --target-dir $(PYTHON_TARGET) -- -D warnings
+	PYO3_ENVIRONMENT_SIGNATURE=$(PYO3_SIGNATURE) cargo clippy --release --locked --features python \
+		--target-dir $(PYTHON_TARGET) -- -D warnings
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/ruff check python tests benchmarks examples build_backend
 	$(BIN)/ruff format --check python tests benchmarks examples build_backend

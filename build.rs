@@ -8,8 +8,8 @@ const SOURCES: [&str; 7] = [
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
+    "cuda.cpp",
     "min_max.cpp",
-    "parallel.cpp",
     "rust_api.cpp",
 ];
 

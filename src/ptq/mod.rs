@@ -5,6 +5,8 @@
 
 pub mod activation_store;
 pub mod batch_norm_fold;
+pub mod bias_correction;
+pub mod cross_layer_equalization;
 mod layer;
 
 pub use layer::Layer;

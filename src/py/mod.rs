@@ -7,7 +7,9 @@ use pyo3::prelude::*;
 mod activation_store;
 mod backend;
 mod batch_norm_fold;
+mod bias_correction;
 mod calibration;
+mod cross_layer_equalization;
 mod error;
 mod export;
 mod graph;
@@ -21,6 +23,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     activation_store::register(module)?;
     backend::register(module)?;
     batch_norm_fold::register(module)?;
+    bias_correction::register(module)?;
+    cross_layer_equalization::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
