@@ -119,7 +119,7 @@ impl FloatFormat {
     /// kernels compute in float64.
     pub fn fits_f32(&self) -> bool {
         const FINEST: i32 = -149;
-        self.max_exponent() <= f32::MAX_EXP - 1
+        self.max_exponent() < f32::MAX_EXP
             && self.min_exponent() >= f32::MIN_EXP - 1
             && self.min_exponent() - self.mantissa_bits as i32 >= FINEST
     }
