@@ -10,6 +10,7 @@
 //! - [`nn`]: quantizers and quantized layers for programs written with [`tch`].
 //! - [`calibration`]: encoding analyzers: histograms, percentile, SQNR and MSE searches.
 //! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.
+//! - [`ptq`]: post-training techniques: AdaRound, Sequential MSE.
 //! - [`export`]: encodings files.
 
 pub mod calibration;
@@ -20,6 +21,7 @@ pub mod graph;
 pub mod kernels;
 pub mod nn;
 pub mod ops;
+pub mod ptq;
 
 #[cfg(feature = "python")]
 mod py;

@@ -4,20 +4,26 @@
 
 use pyo3::prelude::*;
 
+mod adaround;
 mod backend;
 mod calibration;
 mod error;
 mod export;
 mod graph;
+mod linear_map;
+mod seq_mse;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    adaround::register(module)?;
     backend::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
+    linear_map::register(module)?;
+    seq_mse::register(module)?;
     Ok(())
 }
