@@ -10,7 +10,7 @@
 //! - [`nn`]: quantizers and quantized layers for programs written with [`tch`].
 //! - [`calibration`]: encoding analyzers: histograms, percentile, SQNR and MSE searches.
 //! - [`graph`]: the model graph as plain data, the quantsim configuration, quantizer placement.
-//! - [`ptq`]: post-training techniques: AdaRound, Sequential MSE.
+//! - [`ptq`]: post-training quantization techniques.
 //! - [`export`]: encodings files.
 
 pub mod calibration;

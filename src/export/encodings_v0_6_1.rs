@@ -135,6 +135,8 @@ pub enum Channel {
 /// A file by module names, as it was read.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModuleFile {
+    /// Every module that the file names, those without an entry included.
+    pub modules: Vec<String>,
     pub activations: Vec<(String, Side, usize, Vec<Channel>)>,
     pub params: Vec<(String, Vec<Channel>)>,
 }
@@ -266,6 +268,7 @@ pub fn read_module_file(text: &str) -> Result<ModuleFile, EncodingsError> {
     if let Some(section) = root.get("activation_encodings") {
         for (module, sides) in entries(section, "$.activation_encodings")? {
             let at = format!("$.activation_encodings[{module:?}]");
+            file.modules.push(module.clone());
             for (side_name, slots) in entries(sides, &at)? {
                 let side = match side_name.as_str() {
                     "input" => Side::Input,
@@ -336,6 +339,8 @@ mod tests {
             }
         );
         assert_eq!(file.activations.len(), 2);
+        let empty = read_module_file(r#"{"activation_encodings": {"nowhere": {}}}"#).unwrap();
+        assert_eq!(empty.modules, ["nowhere"]);
     }
 
     #[test]

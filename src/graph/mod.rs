@@ -9,6 +9,7 @@ pub mod error;
 pub mod op_types;
 pub mod pattern;
 pub mod placement;
+pub mod program;
 
 use std::collections::HashMap;
 

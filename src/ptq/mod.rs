@@ -1,5 +1,6 @@
-//! Post-training techniques, each as a function of tensors.
+//! Post-training quantization: what the techniques are made of.
 
+pub mod activation_store;
 pub mod adaround;
 pub mod linear_map;
 pub mod random;

@@ -156,13 +156,16 @@ fn channels<'py>(py: Python<'py>, channels: &[Channel]) -> PyResult<Bound<'py, P
 
 type ReadActivation<'py> = (String, bool, usize, Bound<'py, PyList>);
 
-/// Reads an encodings file by module names: `[(module, is_input, index, channels)]`, `[(param, channels)]`.
+type ReadFile<'py> = (
+    Vec<String>,
+    Vec<ReadActivation<'py>>,
+    Vec<(String, Bound<'py, PyList>)>,
+);
+
+/// Reads an encodings file by module names: the modules that `activation_encodings` names,
+/// `[(module, is_input, index, channels)]`, `[(param, channels)]`.
 #[pyfunction]
-#[allow(clippy::type_complexity)]
-fn read_encodings<'py>(
-    py: Python<'py>,
-    text: &str,
-) -> PyResult<(Vec<ReadActivation<'py>>, Vec<(String, Bound<'py, PyList>)>)> {
+fn read_encodings<'py>(py: Python<'py>, text: &str) -> PyResult<ReadFile<'py>> {
     let file = v0_6_1::read_module_file(text)?;
     let mut activations = Vec::new();
     for (module, side, index, list) in &file.activations {
@@ -177,7 +180,7 @@ fn read_encodings<'py>(
     for (name, list) in &file.params {
         params.push((name.clone(), channels(py, list)?));
     }
-    Ok((activations, params))
+    Ok((file.modules, activations, params))
 }
 
 /// Adds this file's functions to `rimet._core`.

@@ -4,6 +4,7 @@
 
 use pyo3::prelude::*;
 
+mod activation_store;
 mod adaround;
 mod backend;
 mod calibration;
@@ -11,6 +12,7 @@ mod error;
 mod export;
 mod graph;
 mod linear_map;
+mod program;
 mod seq_mse;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
@@ -19,11 +21,13 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     adaround::register(module)?;
+    activation_store::register(module)?;
     backend::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
     linear_map::register(module)?;
     seq_mse::register(module)?;
+    program::register(module)?;
     Ok(())
 }

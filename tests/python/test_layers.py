@@ -15,7 +15,7 @@ ENGINE = {
     "ops": {"encoding", "error", "kernels"},
     "calibration": {"encoding", "error", "kernels", "ops"},
     "graph": {"encoding", "error"},
-    "ptq": {"calibration", "encoding", "error", "graph", "ops"},
+    "ptq": {"calibration", "encoding", "error", "graph", "kernels", "ops"},
     "export": {"encoding", "error"},
     "nn": {"calibration", "encoding", "error", "ops"},
 }

@@ -256,8 +256,11 @@ class _Watch(TorchFunctionMode):
         return outcome
 
 
-def _is_leaf(module: torch.nn.Module, twin: Twin | None) -> bool:
-    if twin is not None or isinstance(module, torch.jit.ScriptModule):
+def is_atomic(module: torch.nn.Module) -> bool:
+    """Whether a module is one operation by itself: a module of torch without parts, or a compiled
+    one.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
         return True
     containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
     in_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(
@@ -267,16 +270,22 @@ def _is_leaf(module: torch.nn.Module, twin: Twin | None) -> bool:
 
 
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients; each module gets its own mode back."""
+def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; each module gets its own mode back."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def record(
@@ -333,7 +342,7 @@ def record(
             if id(module) in inside:
                 continue
             twin = twin_of(path, module)
-            if not _is_leaf(module, twin):
+            if twin is None and not is_atomic(module):
                 watch_scope(path, module)
                 continue
             inside.update(id(part) for part in module.modules())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from rimet import _core
 from rimet.nn import BaseQuantizationMixin
 from rimet.quantization.affine import AffineEncoding, AffineQuantizerBase
 from rimet.quantization.base import EncodingBase, QuantizerBase
@@ -43,6 +45,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file, whole or not at all."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def read_encodings(
+    source: Mapping[str, Any] | str | os.PathLike[str],
+) -> tuple[list[str], list[tuple[str, bool, int, Any]], list[tuple[str, Any]]]:
+    """Reads encodings by module names from a file, or from its content as a dict.
+
+    Returns:
+        The modules that ``activation_encodings`` names, ``[(module, is_input, index, channels)]``
+        and ``[(parameter, channels)]``.
+
+    Raises:
+        ValueError: not an encodings file; the message names the file and the place in it.
+    """
+    if isinstance(source, Mapping):
+        return _core.read_encodings(json.dumps(source))  # type: ignore[no-any-return]
+    try:
+        return _core.read_encodings(Path(source).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:  # text that is not UTF-8 included
+        raise ValueError(f"{os.fspath(source)}: {error}") from error
 
 
 def encoding_dict(encoding: EncodingBase) -> dict[str, Any]:

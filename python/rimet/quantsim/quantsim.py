@@ -469,29 +469,26 @@ class QuantizationSimModel:
         Raises:
             RuntimeError: ``strict`` and nothing to load, or entries without a place; all of them
                 are named.
-            ValueError: content that is not an encodings file; the message has the JSON path.
+            ValueError: content that is not an encodings file; the message has the file and the
+                JSON path, or line and column of what is not JSON.
 
         Nothing is changed if an error is raised.
         """
-        if isinstance(encodings, Mapping):
-            text = json.dumps(encodings)
-        else:
-            text = Path(encodings).read_text(encoding="utf-8")
-        self._load(text, strict, partial, requires_grad, allow_overwrite)
+        self._load(encodings, strict, partial, requires_grad, allow_overwrite)
 
     def _load(
         self,
-        text: str,
+        encodings: Mapping[str, Any] | str | os.PathLike[str],
         strict: bool,
         partial: bool,
         requires_grad: bool | None,
         allow_overwrite: bool,
         only_params: bool = False,
     ) -> None:
-        activations, params = _core.read_encodings(text)
+        named, activations, params = _files.read_encodings(encodings)
         if only_params:
-            activations = []
-        if strict and not activations and not params:
+            named, activations = [], []
+        if strict and not named and not activations and not params:
             raise RuntimeError(
                 "encodings: expected activation_encodings or param_encodings, got none"
             )
@@ -535,6 +532,10 @@ class QuantizationSimModel:
                 return
             found[path][kind][key] = entry
 
+        with_entries = {module for module, *_ in activations}
+        for module in named:
+            if module not in all_modules and module not in with_entries:
+                problems.append(f"{module}: module {module!r} does not exist")
         for module, is_input, index, entry in activations:
             side = "input" if is_input else "output"
             place(module, 0 if is_input else 1, str(index), entry, f"{module}, {side} {index}")
@@ -568,8 +569,7 @@ class QuantizationSimModel:
         Raises:
             RuntimeError: see :meth:`load_encodings`.
         """
-        text = Path(encoding_path).read_text(encoding="utf-8")
-        self._load(text, not ignore_when_quantizer_disabled, True, False, False)
+        self._load(encoding_path, not ignore_when_quantizer_disabled, True, False, False)
 
     def set_and_freeze_param_encodings(self, encoding_path: str) -> None:
         """Loads the encodings of parameters (as AdaRound writes them) and fixes their ranges.
@@ -580,8 +580,7 @@ class QuantizationSimModel:
         Raises:
             RuntimeError: see :meth:`load_encodings`.
         """
-        text = Path(encoding_path).read_text(encoding="utf-8")
-        self._load(text, True, True, False, False, only_params=True)
+        self._load(encoding_path, True, True, False, False, only_params=True)
 
     # Results
 

@@ -475,6 +475,8 @@ def test_loading_problems_are_named_together_and_change_nothing() -> None:
         sim.load_encodings({"param_encodings": {"conv1.weight": [channel] * 3}}, strict=False)
     with pytest.raises(RuntimeError, match="got none"):
         sim.load_encodings({})
+    with pytest.raises(RuntimeError, match="module 'nowhere' does not exist"):
+        sim.load_encodings({"activation_encodings": {"nowhere": {}}})
     with pytest.raises(ValueError, match=r"param_encodings\[\"conv1.weight\"\]"):
         sim.load_encodings({"param_encodings": {"conv1.weight": [{"bitwidth": "eight"}]}})
     after = sim.model.state_dict()
@@ -483,6 +485,18 @@ def test_loading_problems_are_named_together_and_change_nothing() -> None:
     assert sim.model.conv1.param_quantizers["weight"].max.max().item() == pytest.approx(
         1.0, abs=0.01
     )
+
+
+def test_a_file_that_is_not_json_is_named_with_the_position(tmp_path: Path) -> None:
+    sim, _ = make()
+    path = tmp_path / "broken.json"
+    path.write_text('{"activation_encodings": {\n  "conv1": oops}}')
+    for load in (sim.load_encodings, sim.set_and_freeze_param_encodings):
+        with pytest.raises(ValueError, match=r"broken\.json.*not valid JSON.*line 2 column 12"):
+            load(str(path))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        sim.load_and_freeze_encodings(str(path))
 
 
 def test_freezing(tmp_path: Path) -> None:
