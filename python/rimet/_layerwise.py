@@ -142,7 +142,7 @@ def weight_layers(
     sim: QuantizationSimModel, excluded: Iterable[nn.Module] = ()
 ) -> tuple[list[Layer], list[LayerReport]]:
     """The layers of a simulation that can be treated, and why others with a weight cannot."""
-    chosen = {id(module) for module in excluded}
+    chosen = {id(module) for outer in excluded for module in outer.modules()}
     layers: list[Layer] = []
     skipped: list[LayerReport] = []
     owners: dict[int, str] = {}
@@ -267,7 +267,40 @@ def digest_tensor(digest: Any, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     if tensor.numel():
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+# Settings
+
+_CHECKPOINT_KEYS = {
+    "grouped_modules",
+    "include_static_inputs",
+    "cache_on_cpu",
+    "checkpoint_type",
+    "cached_blocks",
+}
+
+
+def check_checkpoints_config(path: str | None) -> None:
+    """Checks a file that tells AIMET where to cache activations.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no JSON object, or keys that are not AIMET's.
+    """
+    if path is None:
+        return
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"checkpoints_config: {path}: {error}") from None
+    unknown = set(config) - _CHECKPOINT_KEYS if isinstance(config, dict) else {"no JSON object"}
+    if unknown:
+        raise ValueError(
+            f"checkpoints_config: {path}: expected keys {', '.join(sorted(_CHECKPOINT_KEYS))}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
+    logger.info("checkpoints_config is not needed: activations are carried from layer to layer")
 
 
 # Results that a later run takes up
@@ -284,9 +317,7 @@ class LayerResults:
         ValueError: the folder holds results of another run.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str] | None, fingerprint: dict[str, Any]
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: dict[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder)
         if self._folder is None:
             return
@@ -316,7 +347,7 @@ class LayerResults:
         if not file.exists():
             return None
         with safe_open(file, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
             report = LayerReport(**json.loads((stored.metadata() or {})["report"]))
         report.status = "resumed"
         return tensors, report

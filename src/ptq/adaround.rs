@@ -317,8 +317,7 @@ pub fn adaround(
 
     let rounded = layer.rounded(&state.alpha, false)?;
     let loss_after = layer.loss(&rounded)?;
-    // Also where the loss is not a number.
-    let kept_nearest = !(loss_after < loss_before);
+    let kept_nearest = loss_after.is_nan() || loss_after >= loss_before;
     let (chosen, loss_after) = if kept_nearest {
         (nearest, loss_before)
     } else {

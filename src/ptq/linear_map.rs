@@ -288,3 +288,68 @@ pub fn compute_kind(tensor: &Tensor) -> Kind {
         Kind::Float
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    fn convolution(dims: usize, groups: i64, transposed: bool) -> LinearMap {
+        LinearMap::Convolution {
+            convolution: Convolution {
+                stride: vec![2; dims],
+                padding: vec![1; dims],
+                dilation: vec![if transposed { 1 } else { 2 }; dims],
+                output_padding: vec![i64::from(transposed); dims],
+                transposed,
+                groups,
+            },
+            pad: None,
+        }
+    }
+
+    /// Rows times matrix are the outputs, and the weight's gradient is that of the matrix.
+    #[test]
+    fn every_layer_is_its_rows_times_its_matrix() {
+        tch::manual_seed(0);
+        let options = (Kind::Double, Device::Cpu);
+        let mut cases = vec![(
+            LinearMap::Linear,
+            Tensor::randn([5, 4, 6], options),
+            Tensor::randn([3, 6], options),
+        )];
+        for dims in 1..=3 {
+            for transposed in [false, true] {
+                let mut input = vec![2, 4];
+                input.extend([7, 6, 5].iter().take(dims));
+                let mut weight = if transposed { vec![4, 3] } else { vec![6, 2] };
+                weight.extend([3, 2, 3].iter().take(dims));
+                cases.push((
+                    convolution(dims, 2, transposed),
+                    Tensor::randn(&input, options),
+                    Tensor::randn(&weight, options),
+                ));
+            }
+        }
+        for (map, input, weight) in cases {
+            map.check(&weight).unwrap();
+            let output = map.forward(&input, &weight, None).unwrap();
+            let rows = map.rows(&input, &weight).unwrap();
+            let matrix = map.matrix(&weight).unwrap();
+            let got = rows.matmul(&matrix.transpose(1, 2));
+            let expected = map.output_rows(&output).unwrap();
+            assert!(got.allclose(&expected, 1e-10, 1e-10, false), "{map:?}");
+            assert_eq!(rows.size()[1], map.num_rows(&output));
+            assert_eq!(rows.size()[1], map.num_rows_of_input(&input, &weight));
+            let back = map.from_matrix(&matrix, &weight).unwrap();
+            assert_eq!(back, weight);
+
+            let grad = Tensor::randn_like(&output);
+            let got = map.weight_gradient(&grad, &input, &weight).unwrap();
+            let grad_rows = map.output_rows(&grad).unwrap();
+            let of_matrix = grad_rows.transpose(1, 2).matmul(&rows);
+            let expected = map.from_matrix(&of_matrix, &weight).unwrap();
+            assert!(got.allclose(&expected, 1e-10, 1e-10, false), "{map:?}");
+        }
+    }
+}

@@ -18,7 +18,7 @@ impl Random {
     }
 
     /// The next 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         let s = &mut self.0;
         let result = s[0].wrapping_add(s[3]).rotate_left(23).wrapping_add(s[0]);
         let t = s[1] << 17;
@@ -39,7 +39,7 @@ impl Random {
         // Numbers from the last, incomplete round would favour small results.
         let limit = u64::MAX - u64::MAX % bound;
         loop {
-            let x = self.next();
+            let x = self.next_u64();
             if x < limit {
                 return x % bound;
             }
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn a_seed_gives_the_same_numbers_for_ever() {
         let mut random = Random::new(0);
-        assert_eq!(random.next(), 0x53175d61490b23df);
-        assert_ne!(Random::new(1).next(), Random::new(0).next());
+        assert_eq!(random.next_u64(), 0x53175d61490b23df);
+        assert_ne!(Random::new(1).next_u64(), Random::new(0).next_u64());
     }
 }

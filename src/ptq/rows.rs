@@ -111,3 +111,52 @@ impl Gram {
         Ok((upper + mirrored).f_to_kind(kind)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    #[test]
+    fn pieces_hold_every_row_once_and_the_gram_matrix_is_whole() {
+        tch::manual_seed(0);
+        // More columns than a panel, batches of unequal size, one without rows.
+        let options = (Kind::Double, Device::Cpu);
+        let batches: Vec<Tensor> = [3, 40, 0, 1]
+            .iter()
+            .map(|&n| Tensor::randn([2, n, 700], options))
+            .collect();
+        let mut seen = vec![];
+        let mut gram = Gram::new(2, 700, &batches[0]).unwrap();
+        for_each_piece(
+            batches.len(),
+            |i| Ok(vec![batches[i].shallow_clone()]),
+            |piece| {
+                seen.push(piece[0].shallow_clone());
+                gram.add(&piece[0])
+            },
+        )
+        .unwrap();
+        let all = Tensor::cat(&batches, 1);
+        assert_eq!(Tensor::cat(&seen, 1), all);
+        let expected = all.transpose(1, 2).matmul(&all);
+        let got = gram.finish(Kind::Double).unwrap();
+        assert!(got.allclose(&expected, 1e-10, 1e-10, false));
+    }
+
+    #[test]
+    fn a_large_batch_is_cut() {
+        let rows = Tensor::zeros([1, 10, PIECE / 4], (Kind::Int8, Device::Cpu));
+        let mut sizes = vec![];
+        for_each_piece(
+            1,
+            |_| Ok(vec![rows.shallow_clone()]),
+            |piece| {
+                sizes.push(piece[0].size()[1]);
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!(sizes, [4, 4, 2]);
+    }
+}

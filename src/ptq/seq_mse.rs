@@ -477,7 +477,7 @@ impl Search<'_> {
             let change = self.change(range)?;
             let mut product = change.f_bmm(&gram)?;
             if asymmetric {
-                product = product + &cross * 2.0;
+                product += &cross * 2.0;
             }
             errors.push(row_dot(&product, &change)? + &constant);
             progress(i as u32 + 1)?;

@@ -26,6 +26,7 @@ from rimet._layerwise import (
     LayerReport,
     LayerResults,
     Report,
+    check_checkpoints_config,
     layers_digest,
     linear_map,
     only_weights_quantized,
@@ -195,9 +196,12 @@ class Adaround:
         report = cls.round_simulation(sim, params)
         treated = {f"{layer.path}.weight" for layer in report.layers if layer.status != "skipped"}
         _, encodings = _files.collect(sim.model)
-        _, section = _core.encodings_sections([], [e for e in encodings if e[0] in treated])
+        sections = _core.encodings_sections([], [e for e in encodings if e[0] in treated])
         folder = Path(path)
-        text = json.dumps({"param_encodings": json.loads(section)}, indent=1) + "\n"
+        text = (
+            json.dumps({"param_encodings": json.loads(sections)["param_encodings"]}, indent=1)
+            + "\n"
+        )
         _files.write_text(folder / f"{filename_prefix}.encodings", text)
         _files.write_text(folder / f"{filename_prefix}_report.json", report.to_json())
         return QuantizationSimModel.get_original_model(sim.model)
@@ -436,34 +440,3 @@ def _probed(activation: Activation) -> EngineActivation | None:
         if torch.equal(activation(probe), function(probe)):
             return engine
     return None
-
-
-_CHECKPOINT_KEYS = {
-    "grouped_modules",
-    "include_static_inputs",
-    "cache_on_cpu",
-    "checkpoint_type",
-    "cached_blocks",
-}
-
-
-def check_checkpoints_config(path: str | None) -> None:
-    """Checks a file that tells AIMET where to cache activations.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no JSON object, or keys that are not AIMET's.
-    """
-    if path is None:
-        return
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"checkpoints_config: {path}: {error}") from None
-    unknown = set(config) - _CHECKPOINT_KEYS if isinstance(config, dict) else {"no JSON object"}
-    if unknown:
-        raise ValueError(
-            f"checkpoints_config: {path}: expected keys {', '.join(sorted(_CHECKPOINT_KEYS))}, got "
-            f"{', '.join(sorted(unknown))}"
-        )
-    logger.info("checkpoints_config is not needed: activations are carried from layer to layer")

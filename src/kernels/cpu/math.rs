@@ -31,7 +31,7 @@ impl Transcendental for f32 {
         p = p * r + 8.333_452e-3;
         p = p * r + 4.166_579_6e-2;
         p = p * r + 1.666_666_5e-1;
-        p = p * r + 5.000_000_1e-1;
+        p = p * r + 0.5;
         let value = (p * (r * r) + r) + 1.0;
         let power = f32::from_bits(((n + MAGIC).to_bits() << 23).wrapping_add(127 << 23));
         value * power
@@ -52,7 +52,7 @@ impl Transcendental for f32 {
         p = p * z - 1.666_805_8e-1;
         p = p * z + 2.000_071_5e-1;
         p = p * z - 2.499_999_4e-1;
-        p = p * z + 3.333_333_1e-1;
+        p = p * z + 0.333_333_34;
         let z2 = z * z;
         let tail = (p * z) * z2 + e * -2.121_944_4e-4 - 0.5 * z2;
         (z + tail) + e * 0.693_359_4

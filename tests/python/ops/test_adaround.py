@@ -259,7 +259,9 @@ def test_opcheck() -> None:
         ),
     ],
 )  # fmt: skip
-def test_hostile_input_is_a_typed_error(call: Any, error: type[Exception], words: list[str]) -> None:
+def test_hostile_input_is_a_typed_error(
+    call: Any, error: type[Exception], words: list[str]
+) -> None:
     with pytest.raises(error) as caught:
         call(torch.randn(4, 4), torch.tensor(0.5))
     assert all(word in str(caught.value) for word in words), str(caught.value)
