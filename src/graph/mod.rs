@@ -4,6 +4,7 @@
 //! returns a [`Graph`]. Nothing here knows Python or holds tensors, so the pattern matching of
 //! [`pattern`] and the quantizer placement of [`placement`] can be tested on hand-made graphs.
 
+pub mod batch_norm_fold;
 pub mod config;
 pub mod error;
 pub mod op_types;

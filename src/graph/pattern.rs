@@ -114,6 +114,37 @@ impl<'g> Flow<'g> {
         found
     }
 
+    /// The one node that uses the output of `node` as its first argument, if nothing else sees that tensor: no
+    /// second use, no output of the model. Stricter than [`Flow::origins`] in what it looks through: only
+    /// nodes that hand on the very same values, so that arithmetic may move from one end to the other.
+    pub fn sole_consumer(&self, node: NodeId) -> Option<NodeId> {
+        let mut node = node;
+        loop {
+            let [output] = self.graph.nodes[node].outputs[..] else {
+                return None;
+            };
+            let tensor = &self.graph.tensors[output];
+            let ([next], None) = (&tensor.consumers[..], tensor.output) else {
+                return None;
+            };
+            if self.graph.nodes[*next].inputs.first()?.tensor != Some(output) {
+                return None;
+            }
+            if !self.graph.is_passthrough(*next) {
+                return Some(*next);
+            }
+            let [handed_on] = self.graph.nodes[*next].outputs[..] else {
+                return None;
+            };
+            let same = &self.graph.tensors[handed_on];
+            let transposed = self.graph.nodes[*next].function.as_deref() == Some("t");
+            if transposed || (&same.shape, &same.dtype) != (&tensor.shape, &tensor.dtype) {
+                return None;
+            }
+            node = *next;
+        }
+    }
+
     /// The chain that starts at `start`, where every node but the last has exactly one consumer.
     fn follow(
         &self,

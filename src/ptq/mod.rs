@@ -1,8 +1,15 @@
-//! Post-training quantization: what the techniques are made of.
+//! Post-training techniques, each as a function of tensors, and what they are made of.
+//!
+//! What a technique applies to is found on the graph ([`crate::graph`]); nothing here knows modules. Tensors
+//! may be on any device. Arithmetic on parameters is float64 inside and rounded once, to the dtype that came.
 
 pub mod activation_store;
 pub mod adaround;
+pub mod batch_norm_fold;
+mod layer;
 pub mod linear_map;
 pub mod random;
 mod rows;
 pub mod seq_mse;
+
+pub use layer::Layer;

@@ -138,7 +138,7 @@ impl GraphBuilder {
 /// A recorded graph.
 #[pyclass(module = "rimet._core", frozen)]
 pub struct Graph {
-    graph: graph::Graph,
+    pub(super) graph: graph::Graph,
 }
 
 #[pymethods]

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 mod activation_store;
 mod adaround;
 mod backend;
+mod batch_norm_fold;
 mod calibration;
 mod error;
 mod export;
@@ -23,6 +24,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     adaround::register(module)?;
     activation_store::register(module)?;
     backend::register(module)?;
+    batch_norm_fold::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;

@@ -71,6 +71,28 @@ def bind_inputs(model: torch.nn.Module, dummy_input: Any) -> tuple[tuple[Any, ..
     return args, {}
 
 
+def example_inputs(
+    model: torch.nn.Module, input_shapes: Any, dummy_input: Any = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of ``model.forward``: ``dummy_input``, or else uniform noise of
+    ``input_shapes`` (one shape, or a list of shapes) with the dtype and device of the model.
+
+    Raises:
+        ValueError: neither is given.
+        RuntimeError: there is no tensor in ``dummy_input``.
+    """
+    if dummy_input is not None:
+        return bind_inputs(model, dummy_input)
+    if input_shapes is None:
+        raise ValueError("expected input_shapes or dummy_input, got neither")
+    shapes = input_shapes if isinstance(input_shapes, list) else [input_shapes]
+    floating = (p for p in model.parameters() if p.is_floating_point())
+    like = next(floating, torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.rand(tuple(shape), generator=generator) for shape in shapes)
+    return tuple(x.to(like.device, like.dtype) for x in inputs), {}
+
+
 def _are_keywords(model: torch.nn.Module, mapping: Mapping[Any, Any], taken: int = 0) -> bool:
     """Whether each key names a parameter of ``forward`` that no positional argument fills."""
     try:

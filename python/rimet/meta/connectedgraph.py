@@ -32,6 +32,11 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
+def record_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    """Records a model with every module that is, or could be, quantized as one operation."""
+    return record(model, args, kwargs, twin_of=_quantized_leaf, class_of=_plain_class)
+
+
 class ConnectedGraph(_ConnectedGraph):
     """Operations (module calls and torch functions) and the products between them.
 
@@ -59,8 +64,7 @@ class ConnectedGraph(_ConnectedGraph):
     def __init__(self, model: nn.Module, model_input: Any, strict: bool = True) -> None:
         super().__init__()
         args, kwargs = bind_inputs(model, model_input)
-        recording = record(model, args, kwargs, twin_of=_quantized_leaf, class_of=_plain_class)
-        self._build(recording, model)
+        self._build(record_model(model, args, kwargs), model)
 
     @classmethod
     def _from_recording(cls, recording: Recording, model: nn.Module) -> ConnectedGraph:
@@ -109,6 +113,7 @@ class ConnectedGraph(_ConnectedGraph):
         return [place[0] if len(place) == 1 else place for place in listed]
 
     def _build(self, recording: Recording, model: nn.Module) -> None:
+        self._recording, self._model = recording, model
         self._model_name = type(model).__name__
         modules = dict(model.named_modules(remove_duplicate=False))
         self._name_to_module = {self._dotted(path): module for path, module in modules.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
+from rimet._graph import example_inputs
 from rimet.meta.connectedgraph import ConnectedGraph
 from rimet.meta.operation import Op
 
@@ -44,13 +44,10 @@ def create_connected_graph_with_input_shapes(
 ) -> ConnectedGraph:
     """The graph of a model that takes float tensors of the given shape, or shapes.
 
-    The inputs are uniform noise on the device of the model's first parameter.
+    The inputs are uniform noise with the dtype and device of the model's first parameter.
     """
-    shapes = input_shapes if isinstance(input_shapes, list) else [input_shapes]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.rand(shape, generator=generator).to(device) for shape in shapes)
-    return ConnectedGraph(model, inputs)
+    args, _ = example_inputs(model, input_shapes)
+    return ConnectedGraph(model, args)
 
 
 def get_module_act_func_pair(

@@ -1,0 +1,213 @@
+//! Convolutions and linear layers under one view.
+
+use crate::error::{Error, Result};
+use tch::{Kind, Tensor};
+
+/// Elements that are worked on at a time.
+const CHUNK: i64 = 1 << 16;
+
+/// The channels on one side of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Channels {
+    Input,
+    Output,
+}
+
+/// Parameters of a convolution (1d, 2d, 3d), a transposed convolution or a linear layer.
+#[derive(Debug)]
+pub struct Layer {
+    /// `[out_channels, in_channels / groups, ...]`; `[in_channels, out_channels / groups, ...]` if transposed.
+    pub weight: Tensor,
+    /// `[out_channels]`.
+    pub bias: Option<Tensor>,
+    pub groups: i64,
+    pub transposed: bool,
+}
+
+impl Layer {
+    /// Checks that the groups divide the channels.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the weight has fewer than two dimensions, or the groups do not divide its first.
+    pub fn new(
+        weight: Tensor,
+        bias: Option<Tensor>,
+        groups: i64,
+        transposed: bool,
+    ) -> Result<Self> {
+        let size = weight.size();
+        if size.len() < 2 || groups < 1 || size[0] % groups != 0 {
+            return Err(Error::value(
+                "weight",
+                format!(
+                    "at least two dimensions, the first a multiple of the number of groups, {groups}"
+                ),
+                format!("shape {size:?}"),
+            ));
+        }
+        Ok(Layer {
+            weight,
+            bias,
+            groups,
+            transposed,
+        })
+    }
+
+    pub fn out_channels(&self) -> i64 {
+        let size = self.weight.size();
+        if self.transposed {
+            size[1] * self.groups
+        } else {
+            size[0]
+        }
+    }
+
+    pub fn in_channels(&self) -> i64 {
+        let size = self.weight.size();
+        if self.transposed {
+            size[0]
+        } else {
+            size[1] * self.groups
+        }
+    }
+
+    /// One channel in, one out, for each group.
+    pub fn is_depthwise(&self) -> bool {
+        self.groups == self.in_channels() && self.groups == self.out_channels()
+    }
+
+    /// The weight in float64 as `[groups, out_channels / groups, in_channels / groups, taps]`, whatever the
+    /// kind of layer.
+    pub(super) fn grouped(&self) -> Result<Tensor> {
+        let size = self.weight.size();
+        let weight = self.weight.f_to_kind(Kind::Double)?;
+        let view = weight.f_reshape([
+            self.groups,
+            size[0] / self.groups,
+            size[1],
+            size[2..].iter().product(),
+        ])?;
+        Ok(if self.transposed {
+            view.f_transpose(1, 2)?
+        } else {
+            view
+        })
+    }
+
+    /// The weight times one factor per output or input channel, computed in float64 and rounded once, in the
+    /// weight's dtype and layout.
+    pub(super) fn scaled(&self, channels: Channels, factors: &Tensor) -> Result<Tensor> {
+        let size = self.weight.size();
+        let mut shape = vec![1; size.len()];
+        shape[0] = size[0];
+        // Dimension 0 of the weight runs over the channels of one side, all groups; dimension 1 over those of
+        // the other side, within a group.
+        let factors = factors.f_to_kind(Kind::Double)?;
+        let factors = if (channels == Channels::Output) != self.transposed {
+            factors.f_reshape(shape)?
+        } else {
+            shape[1] = size[1];
+            factors
+                .f_reshape([self.groups, size[1]])?
+                .f_repeat_interleave_self_int(size[0] / self.groups, 0, None)?
+                .f_reshape(shape)?
+        };
+        let scaled = self.weight.f_empty_like()?;
+        // A few rows at a time, so that the float64 copy stays in the cache.
+        let row = size[1..].iter().product::<i64>().max(1);
+        let rows = (CHUNK / row).max(1);
+        let mut start = 0;
+        while start < size[0] {
+            let length = rows.min(size[0] - start);
+            let product = self
+                .weight
+                .f_narrow(0, start, length)?
+                .f_to_kind(Kind::Double)?
+                .f_mul(&factors.f_narrow(0, start, length)?)?;
+            scaled.f_narrow(0, start, length)?.f_copy_(&product)?;
+            start += length;
+        }
+        Ok(scaled)
+    }
+
+    /// The bias in float64, zeros if there is none: `[out_channels]`.
+    pub(super) fn bias_or_zeros(&self) -> Result<Tensor> {
+        Ok(match &self.bias {
+            Some(bias) => bias.f_to_kind(Kind::Double)?,
+            None => Tensor::f_zeros([self.out_channels()], (Kind::Double, self.weight.device()))?,
+        })
+    }
+
+    /// What the layer puts out where every input element of channel `i` is `input[i]`, without the bias:
+    /// `[out_channels]`. True at the border only if nothing is padded.
+    pub(super) fn response(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(
+            (self.grouped()? * input.f_reshape([self.groups, 1, -1, 1])?)
+                .f_sum_dim_intlist([2_i64, 3].as_slice(), false, Kind::Double)?
+                .f_reshape([self.out_channels()])?,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    #[test]
+    fn grouped_view_holds_for_every_kind_of_layer() {
+        let options = (Kind::Double, Device::Cpu);
+        let x = Tensor::randn([1, 4, 1, 1], options);
+        let conv = Layer::new(Tensor::randn([6, 2, 1, 1], options), None, 2, false).unwrap();
+        let expected = x
+            .conv2d::<Tensor>(&conv.weight, None, 1, 0, 1, 2)
+            .reshape([6]);
+        assert!(conv
+            .response(&x.reshape([4]))
+            .unwrap()
+            .allclose(&expected, 1e-12, 1e-12, false));
+        let transposed = Layer::new(Tensor::randn([4, 3, 1, 1], options), None, 2, true).unwrap();
+        let expected = x
+            .conv_transpose2d::<Tensor>(&transposed.weight, None, 1, 0, 0, 2, 1)
+            .reshape([6]);
+        assert!(transposed
+            .response(&x.reshape([4]))
+            .unwrap()
+            .allclose(&expected, 1e-12, 1e-12, false));
+        for layer in [conv, transposed] {
+            assert_eq!((layer.in_channels(), layer.out_channels()), (4, 6));
+            let input = x.reshape([4]);
+            let factors = Tensor::randn([6], options);
+            let expected = layer.response(&input).unwrap() * &factors;
+            let weight = layer.scaled(Channels::Output, &factors).unwrap();
+            let layer = Layer { weight, ..layer };
+            let found = layer.response(&input).unwrap();
+            assert!(found.allclose(&expected, 1e-12, 1e-12, false));
+            let factors = Tensor::rand([4], options) + 0.5;
+            let weight = layer.scaled(Channels::Input, &factors).unwrap();
+            let layer = Layer { weight, ..layer };
+            let found = layer.response(&(input / &factors)).unwrap();
+            assert!(found.allclose(&expected, 1e-12, 1e-12, false));
+        }
+    }
+
+    #[test]
+    fn large_weights_are_scaled_in_pieces() {
+        let weight = Tensor::randn([100, 100, 3, 3], (Kind::Float, Device::Cpu));
+        let factors = Tensor::randn([100], (Kind::Double, Device::Cpu));
+        let layer = Layer::new(weight.shallow_clone(), None, 1, false).unwrap();
+        let expected =
+            (weight.to_kind(Kind::Double) * factors.reshape([100, 1, 1, 1])).to_kind(Kind::Float);
+        assert!(layer
+            .scaled(Channels::Output, &factors)
+            .unwrap()
+            .equal(&expected));
+    }
+
+    #[test]
+    fn groups_that_do_not_divide_are_refused() {
+        let weight = || Tensor::zeros([6, 2], (Kind::Float, Device::Cpu));
+        assert!(Layer::new(weight(), None, 4, false).is_err());
+        assert!(Layer::new(weight().reshape([12]), None, 1, false).is_err());
+    }
+}
