@@ -48,7 +48,9 @@ BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
 Pair: TypeAlias = tuple[Layer, BatchNorm]
 
 
-class _Folds(NamedTuple):
+class Folds(NamedTuple):
+    """What becomes of the batch normalizations of a model."""
+
     backward: list[Pair]
     """(layer, normalization behind it)"""
     forward: list[tuple[BatchNorm, Layer]]
@@ -85,11 +87,17 @@ def fold_all_batch_norms(
     Raises:
         ValueError: neither ``input_shapes`` nor ``dummy_input``.
     """
+    folds = fold_all(model, input_shapes, dummy_input)
+    return folds.backward + [(layer, norm) for norm, layer in folds.forward]
+
+
+def fold_all(model: nn.Module, input_shapes: Any, dummy_input: Any) -> Folds:
+    """:func:`fold_all_batch_norms` that says which folds were made in which direction."""
     folds = _find(model, input_shapes, dummy_input)
     _fold(model, folds.backward, folds.forward)
     for norm in folds.standalone:
         _to_affine_form(norm)
-    return folds.backward + [(layer, norm) for norm, layer in folds.forward]
+    return folds
 
 
 def find_all_batch_norms_to_fold(
@@ -192,13 +200,13 @@ def fold_all_batch_norms_to_scale(sim: QuantizationSimModel) -> list[Pair]:
     return folds.backward
 
 
-def _find(model: nn.Module, input_shapes: Any, dummy_input: Any) -> _Folds:
+def _find(model: nn.Module, input_shapes: Any, dummy_input: Any) -> Folds:
     args, kwargs = example_inputs(model, input_shapes, dummy_input)
     recording = record_model(model, args, kwargs)
     return _match(model, recording.graph, recording.modules)
 
 
-def _match(model: nn.Module, graph: _core.Graph, modules: dict[str, nn.Module]) -> _Folds:
+def _match(model: nn.Module, graph: _core.Graph, modules: dict[str, nn.Module]) -> Folds:
     fixed = entangled(model, graph, modules)
     fixed.update(
         path
@@ -208,7 +216,7 @@ def _match(model: nn.Module, graph: _core.Graph, modules: dict[str, nn.Module]) 
     )
     padded = [path for path, m in modules.items() if isinstance(m, LAYERS) and is_padded(m)]
     backward, forward, standalone = _core.find_batch_norms_to_fold(graph, list(fixed), padded)
-    return _Folds(
+    return Folds(
         [(modules[layer], modules[norm]) for layer, norm in backward],  # type: ignore[misc]
         [(modules[norm], modules[layer]) for norm, layer in forward],  # type: ignore[misc]
         [modules[norm] for norm in standalone],  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::pattern::Flow;
+use super::pattern::{Flow, Origin};
 use super::{Graph, ModuleId, NodeId};
 
 const BATCH_NORMS: &[&str] = &[
@@ -96,6 +96,70 @@ pub fn find(graph: &Graph, fixed: &HashSet<ModuleId>, backward_only: &HashSet<Mo
         .collect();
     folds.standalone.sort_by_key(|&m| graph.modules[m].calls[0]);
     folds
+}
+
+/// What a tensor goes through next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follower {
+    Relu,
+    Relu6,
+    Other,
+}
+
+/// A layer with the batch normalizations next to it. The activation of `input` stands between the
+/// normalization and the layer, that of `output` behind the normalization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neighbours {
+    pub layer: ModuleId,
+    pub input: Option<(ModuleId, Follower)>,
+    pub output: Option<(ModuleId, Follower)>,
+}
+
+/// Layers that have a batch normalization next to them, in order of execution.
+pub fn neighbours(graph: &Graph) -> Vec<Neighbours> {
+    let flow = Flow::new(graph);
+    let module = |node: NodeId| graph.nodes[node].module;
+    let class = |node: NodeId| module(node).map(|m| graph.modules[m].class.as_str());
+    let norm = |node: NodeId| {
+        module(node).filter(|_| class(node).is_some_and(|c| BATCH_NORMS.contains(&c)))
+    };
+    let follower = |node: NodeId| match (class(node), graph.nodes[node].function.as_deref()) {
+        (Some("nn.ReLU"), _) | (_, Some("relu")) => Follower::Relu,
+        (Some("nn.ReLU6"), _) => Follower::Relu6,
+        _ => Follower::Other,
+    };
+    let origin = |node: NodeId| match flow.origins[node].first() {
+        Some(&Origin::Node(producer, 0)) => Some(producer),
+        _ => None,
+    };
+    let mut found = Vec::new();
+    for &node in &flow.ops {
+        let is_layer = class(node).is_some_and(|c| LAYERS.iter().any(|l| l.0 == c));
+        let Some(layer) = module(node).filter(|m| is_layer && graph.modules[*m].calls.len() == 1)
+        else {
+            continue;
+        };
+        let input = origin(node).and_then(|producer| match norm(producer) {
+            Some(m) => Some((m, Follower::Other)),
+            None if follower(producer) != Follower::Other => {
+                let m = origin(producer).and_then(norm)?;
+                Some((m, follower(producer)))
+            }
+            None => None,
+        });
+        let output = flow.sole_consumer(node).and_then(|next| {
+            let behind = flow.sole_consumer(next).map_or(Follower::Other, follower);
+            Some((norm(next)?, behind))
+        });
+        if input.is_some() || output.is_some() {
+            found.push(Neighbours {
+                layer,
+                input,
+                output,
+            });
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -195,5 +259,27 @@ mod tests {
         let graph = net.finish(c);
         let none = HashSet::new();
         assert!(find(&graph, &none, &none).backward.is_empty());
+    }
+
+    #[test]
+    fn neighbours_on_either_side() {
+        let mut net = Net::new();
+        let x = net.input();
+        let a = net.add(conv("c0", 1), &[x]);
+        let b = net.add(norm("n0"), &[a]);
+        let c = net.add(module("r", "nn.ReLU6"), &[b]);
+        let d = net.add(conv("c1", 1), &[c]);
+        let e = net.function("add", &[c, d]);
+        let f = net.add(conv("c2", 1), &[e]);
+        let graph = net.finish(f);
+        let id = |path: &str| graph.module(path).unwrap();
+        let n0 = Some((id("n0"), Follower::Relu6));
+        let expected = [(id("c0"), None, n0), (id("c1"), n0, None)];
+        let expected = expected.map(|(layer, input, output)| Neighbours {
+            layer,
+            input,
+            output,
+        });
+        assert_eq!(neighbours(&graph), expected);
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod batch_norm_fold;
 pub mod config;
+pub mod cross_layer_equalization;
 pub mod error;
 pub mod op_types;
 pub mod pattern;

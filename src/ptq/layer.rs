@@ -94,6 +94,28 @@ impl Layer {
         })
     }
 
+    /// Largest magnitude among the weights of each channel, float64: `[out_channels]` or `[in_channels]`.
+    pub(super) fn range(&self, channels: Channels) -> Result<Tensor> {
+        let size = self.weight.size();
+        let view = self.weight.f_reshape([
+            self.groups,
+            size[0] / self.groups,
+            size[1],
+            size[2..].iter().product(),
+        ])?;
+        let others: [i64; 2] = if (channels == Channels::Output) != self.transposed {
+            [2, 3]
+        } else {
+            [1, 3]
+        };
+        let low = view.f_amin(others.as_slice(), false)?.f_neg()?;
+        Ok(view
+            .f_amax(others.as_slice(), false)?
+            .f_maximum(&low)?
+            .f_flatten(0, -1)?
+            .f_to_kind(Kind::Double)?)
+    }
+
     /// The weight times one factor per output or input channel, computed in float64 and rounded once, in the
     /// weight's dtype and layout.
     pub(super) fn scaled(&self, channels: Channels, factors: &Tensor) -> Result<Tensor> {

@@ -6,6 +6,8 @@
 pub mod activation_store;
 pub mod adaround;
 pub mod batch_norm_fold;
+pub mod bias_correction;
+pub mod cross_layer_equalization;
 mod layer;
 pub mod linear_map;
 pub mod random;

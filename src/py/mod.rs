@@ -8,7 +8,9 @@ mod activation_store;
 mod adaround;
 mod backend;
 mod batch_norm_fold;
+mod bias_correction;
 mod calibration;
+mod cross_layer_equalization;
 mod error;
 mod export;
 mod graph;
@@ -25,6 +27,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     activation_store::register(module)?;
     backend::register(module)?;
     batch_norm_fold::register(module)?;
+    bias_correction::register(module)?;
+    cross_layer_equalization::register(module)?;
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
