@@ -70,6 +70,26 @@ test-rust: $(VENV)/.installed ## the engine's tests, without Python
 test-python: build library ## the package's tests
 	$(BIN)/python -m pytest -q
 
+.PHONY: test-cuda
+test-cuda: build ## the tests that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-cuda: no CUDA device on this machine")'
+	$(BIN)/python -m pytest -q -m cuda  # fails if there is no such test
+
+# Racecheck and memcheck over every kernel; compute-sanitizer comes with the CUDA toolkit.
+.PHONY: sanitize-cuda
+sanitize-cuda: build ## compute-sanitizer over the CUDA kernels
+	@command -v compute-sanitizer > /dev/null || { echo "sanitize-cuda: no compute-sanitizer (it comes with the CUDA toolkit)"; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("sanitize-cuda: no CUDA device on this machine")'
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --kernel-regex kns=_ --error-exitcode 1 --target-processes all \
+			$(BIN)/python -m pytest -q -m cuda -p no:cacheprovider \
+			tests/python/ops/test_registry.py -k "reference or closed_form or min_max"; \
+	done
+
+.PHONY: bench-cuda
+bench-cuda: build ## benchmarks on a CUDA device, against a copy of the same bytes
+	$(BIN)/python -m benchmarks.cuda
+
 .PHONY: lint
 lint: build ## formatters, clippy, ruff, mypy, stubtest
 	cargo fmt --check

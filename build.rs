@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "schemas.cpp",
     "adaround.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
+    "cuda.cpp",
     "min_max.cpp",
     "parallel.cpp",
     "rust_api.cpp",

@@ -1,5 +1,5 @@
-// quantize, dequantize, quantize_dequantize (from scale and offset, or from a range): CPU kernels
-// of the engine, shapes for Meta, and the dispatcher's entry points.
+// quantize, dequantize, quantize_dequantize (from scale and offset, or from a range): the engine's
+// kernels on CPU and CUDA, shapes for Meta, and the dispatcher's entry points.
 
 #include <ATen/TensorUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -102,19 +102,24 @@ RimetAffine engine_args(const AffineArgs& args, const Tensor& input, const Encod
                      e.second.const_data_ptr());
 }
 
-Tensor affine_forward_cpu(const AffineArgs& args, const Tensor& input, const Tensor& first,
-                          const Tensor& second) {
+// The kernels of a device are given as functions of the engine's arguments, which are the same on
+// all.
+
+template <class Kernel>
+static Tensor run_forward(const AffineArgs& args, const Tensor& input, const Tensor& first,
+                          const Tensor& second, Kernel&& kernel) {
   const Encodings encodings(args, input, first, second);
   const Tensor x = dense(input);
   Tensor output = at::empty_like(x);
   const auto affine = engine_args(args, x, encodings);
   const auto view = view_of(x);
-  check_status(rimet_affine_forward(&affine, &view, output.data_ptr()), args.name);
+  kernel(&affine, &view, output.data_ptr());
   return output;
 }
 
-Grads affine_backward_cpu(const AffineArgs& args, const Tensor& grad, const Tensor& input,
-                          const Tensor& first, const Tensor& second, Mask mask) {
+template <class Kernel>
+static Grads run_backward(const AffineArgs& args, const Tensor& grad, const Tensor& input,
+                          const Tensor& first, const Tensor& second, Mask mask, Kernel&& kernel) {
   const Encodings encodings(args, input, first, second);
   const Tensor x = dense(input);
   const Tensor g = laid_out_as(grad, x);
@@ -124,9 +129,7 @@ Grads affine_backward_cpu(const AffineArgs& args, const Tensor& grad, const Tens
   const auto data = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
   const auto affine = engine_args(args, x, encodings);
   const auto view = view_of(x);
-  check_status(rimet_affine_backward(&affine, &view, g.data_ptr(), data(grad_input),
-                                     data(grad_first), data(grad_second)),
-               args.name);
+  kernel(&affine, &view, g.data_ptr(), data(grad_input), data(grad_first), data(grad_second));
   if (mask[1]) {
     grad_first = grad_first.to(first.scalar_type());
   }
@@ -134,6 +137,53 @@ Grads affine_backward_cpu(const AffineArgs& args, const Tensor& grad, const Tens
     grad_second = grad_second.to(second.scalar_type());
   }
   return {grad_input, grad_first, grad_second};
+}
+
+Tensor affine_forward_cpu(const AffineArgs& args, const Tensor& input, const Tensor& first,
+                          const Tensor& second) {
+  return run_forward(args, input, first, second, [&](auto... arguments) {
+    check_status(rimet_affine_forward(arguments...), args.name);
+  });
+}
+
+Grads affine_backward_cpu(const AffineArgs& args, const Tensor& grad, const Tensor& input,
+                          const Tensor& first, const Tensor& second, Mask mask) {
+  return run_backward(args, grad, input, first, second, mask, [&](auto... arguments) {
+    check_status(rimet_affine_backward(arguments...), args.name);
+  });
+}
+
+// float64 arithmetic over other dtypes (grids beyond 24 bits) goes by way of float64 tensors: too
+// rare for kernels of its own.
+
+Tensor affine_forward_cuda(const AffineArgs& args, const Tensor& input, const Tensor& first,
+                           const Tensor& second) {
+  const auto type = input.scalar_type();
+  if (type != at::kDouble && args.compute_type(type) == at::kDouble) {
+    return affine_forward_cuda(args, input.to(at::kDouble), first, second).to(type);
+  }
+  CudaCall call(input);
+  bool ran = false;
+  const Tensor output = run_forward(args, input, first, second, [&](auto... arguments) {
+    ran = call.ran(rimet_cuda_affine_forward(call.device(), arguments...), args.name);
+  });
+  return ran ? output : affine_forward_tensor_ops(args, input, first, second);
+}
+
+Grads affine_backward_cuda(const AffineArgs& args, const Tensor& grad, const Tensor& input,
+                           const Tensor& first, const Tensor& second, Mask mask) {
+  const auto type = input.scalar_type();
+  if (type != at::kDouble && args.compute_type(type) == at::kDouble) {
+    auto [x, a, b] = affine_backward_cuda(args, grad.to(at::kDouble), input.to(at::kDouble), first,
+                                          second, mask);
+    return {mask[0] ? x.to(type) : x, a, b};
+  }
+  CudaCall call(input);
+  bool ran = false;
+  const Grads grads = run_backward(args, grad, input, first, second, mask, [&](auto... arguments) {
+    ran = call.ran(rimet_cuda_affine_backward(call.device(), arguments...), args.name);
+  });
+  return ran ? grads : affine_backward_tensor_ops(args, grad, input, first, second, mask);
 }
 
 Tensor affine_forward_meta(const AffineArgs& args, const Tensor& input, const Tensor& first,
@@ -245,50 +295,87 @@ void register_affine(torch::Library& m) {
 
 // ---- range_to_scale_offset ----------------------------------------------------------------------
 
-using Pair = std::tuple<Tensor, Tensor>;
+AffineArgs range_only_args(int64_t qmin, int64_t qmax, bool symmetric) {
+  return range_args(qmin, qmax, symmetric, 0.0, std::nullopt);
+}
 
-Pair range_to_scale_offset_cpu(const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
-                               bool symmetric) {
-  const AffineArgs args = range_args(qmin, qmax, symmetric, 0.0, std::nullopt);
+template <class Kernel>
+Pair run_range(const AffineArgs& args, const Tensor& min, const Tensor& max, Kernel&& kernel) {
   const Encodings e(args, min, min, max);
   Tensor scale = at::empty(e.first.sizes(), e.first.options());
   Tensor offset = at::empty_like(scale);
   const auto affine = engine_args(args, min, e);
-  check_status(
-      rimet_range_to_scale_offset(&affine, scale.numel(), scale.data_ptr(), offset.data_ptr()),
-      "range_to_scale_offset");
+  kernel(&affine, scale.numel(), scale.data_ptr(), offset.data_ptr());
   return {scale, offset};
 }
 
-Pair range_to_scale_offset_backward_cpu(const Tensor& grad_scale, const Tensor& grad_offset,
-                                        const Tensor& min, const Tensor& max, int64_t qmin,
-                                        int64_t qmax, bool symmetric) {
-  const AffineArgs args = range_args(qmin, qmax, symmetric, 0.0, std::nullopt);
+template <class Kernel>
+Pair run_range_backward(const AffineArgs& args, const Tensor& grad_scale, const Tensor& grad_offset,
+                        const Tensor& min, const Tensor& max, Kernel&& kernel) {
   const Encodings e(args, min, min, max);
   const Encodings g(args, min, grad_scale, grad_offset);
   Tensor grad_min = at::empty(e.first.sizes(), e.first.options());
   Tensor grad_max = at::empty_like(grad_min);
   const auto affine = engine_args(args, min, e);
-  check_status(rimet_range_to_scale_offset_backward(
-                   &affine, grad_min.numel(), g.first.const_data_ptr(), g.second.const_data_ptr(),
-                   grad_min.data_ptr(), grad_max.data_ptr()),
-               "range_to_scale_offset");
+  kernel(&affine, grad_min.numel(), g.first.const_data_ptr(), g.second.const_data_ptr(),
+         grad_min.data_ptr(), grad_max.data_ptr());
   return {grad_min.to(min.scalar_type()), grad_max.to(max.scalar_type())};
+}
+
+Pair range_to_scale_offset_cpu(const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
+                               bool symmetric) {
+  const auto args = range_only_args(qmin, qmax, symmetric);
+  return run_range(args, min, max, [](auto... arguments) {
+    check_status(rimet_range_to_scale_offset(arguments...), "range_to_scale_offset");
+  });
+}
+
+Pair range_to_scale_offset_backward_cpu(const Tensor& grad_scale, const Tensor& grad_offset,
+                                        const Tensor& min, const Tensor& max, int64_t qmin,
+                                        int64_t qmax, bool symmetric) {
+  const auto args = range_only_args(qmin, qmax, symmetric);
+  return run_range_backward(args, grad_scale, grad_offset, min, max, [](auto... arguments) {
+    check_status(rimet_range_to_scale_offset_backward(arguments...), "range_to_scale_offset");
+  });
 }
 
 Pair range_to_scale_offset_composite(const Tensor& min, const Tensor& max, int64_t qmin,
                                      int64_t qmax, bool symmetric) {
-  // A few numbers per tensor: compute them on the CPU's rule, on the CPU.
-  auto [scale, offset] = range_to_scale_offset_cpu(min.cpu(), max.cpu(), qmin, qmax, symmetric);
-  return {scale.to(min.device()), offset.to(min.device())};
+  return range_to_scale_offset_tensor_ops(range_only_args(qmin, qmax, symmetric), min, max);
 }
 
-Pair range_to_scale_offset_backward_composite(const Tensor& gs, const Tensor& go, const Tensor& min,
-                                              const Tensor& max, int64_t qmin, int64_t qmax,
-                                              bool symmetric) {
-  auto [a, b] = range_to_scale_offset_backward_cpu(gs.cpu(), go.cpu(), min.cpu(), max.cpu(), qmin,
-                                                   qmax, symmetric);
-  return {a.to(min.device()), b.to(min.device())};
+Pair range_to_scale_offset_backward_composite(const Tensor& grad_scale, const Tensor& grad_offset,
+                                              const Tensor& min, const Tensor& max, int64_t qmin,
+                                              int64_t qmax, bool symmetric) {
+  return range_to_scale_offset_backward_tensor_ops(range_only_args(qmin, qmax, symmetric),
+                                                   grad_scale, grad_offset, min, max);
+}
+
+Pair range_to_scale_offset_cuda(const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
+                                bool symmetric) {
+  const auto args = range_only_args(qmin, qmax, symmetric);
+  CudaCall call(min);
+  bool ran = false;
+  const Pair result = run_range(args, min, max, [&](auto... arguments) {
+    ran = call.ran(rimet_cuda_range_to_scale_offset(call.device(), arguments...),
+                   "range_to_scale_offset");
+  });
+  return ran ? result : range_to_scale_offset_tensor_ops(args, min, max);
+}
+
+Pair range_to_scale_offset_backward_cuda(const Tensor& grad_scale, const Tensor& grad_offset,
+                                         const Tensor& min, const Tensor& max, int64_t qmin,
+                                         int64_t qmax, bool symmetric) {
+  const auto args = range_only_args(qmin, qmax, symmetric);
+  CudaCall call(min);
+  bool ran = false;
+  const Pair result =
+      run_range_backward(args, grad_scale, grad_offset, min, max, [&](auto... arguments) {
+        ran = call.ran(rimet_cuda_range_to_scale_offset_backward(call.device(), arguments...),
+                       "range_to_scale_offset");
+      });
+  return ran ? result
+             : range_to_scale_offset_backward_tensor_ops(args, grad_scale, grad_offset, min, max);
 }
 
 Pair range_to_scale_offset_meta(const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
@@ -311,6 +398,12 @@ void register_affine_cpu(torch::Library& m) {
   register_affine<affine_forward_cpu, affine_backward_cpu>(m);
   m.impl("range_to_scale_offset", range_to_scale_offset_cpu);
   m.impl("range_to_scale_offset_backward", range_to_scale_offset_backward_cpu);
+}
+
+void register_affine_cuda(torch::Library& m) {
+  register_affine<affine_forward_cuda, affine_backward_cuda>(m);
+  m.impl("range_to_scale_offset", range_to_scale_offset_cuda);
+  m.impl("range_to_scale_offset_backward", range_to_scale_offset_backward_cuda);
 }
 
 void register_affine_composite(torch::Library& m) {

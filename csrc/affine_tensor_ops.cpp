@@ -34,6 +34,51 @@ struct Blocks {
   }
 };
 
+// Constants of a range on a grid.
+struct Range {
+  const AffineArgs& args;
+  double steps;
+  double smallest_scale;
+
+  explicit Range(const AffineArgs& a)
+      : args(a),
+        steps(static_cast<double>(a.qmax - a.qmin)),
+        smallest_scale(std::min<double>(std::numeric_limits<float>::epsilon(), 0.01 / steps)) {}
+
+  // (max - min) / steps; the divisor is a tensor, since a number would become a factor.
+  Tensor signed_scale(const Tensor& min, const Tensor& max) const {
+    return (max - min) / at::full({}, steps, min.options());
+  }
+
+  Pair scale_offset(const Tensor& min, const Tensor& max) const {
+    const Tensor scale = signed_scale(min, max).abs().clamp_min(smallest_scale);
+    const Tensor offset = args.symmetric
+                              ? at::full_like(scale, -std::nearbyint((args.qmin + args.qmax) / 2.0))
+                              : (at::round(min / scale) - args.qmin).clamp(-args.qmax, -args.qmin);
+    return {scale, offset};
+  }
+
+  // Gradients of min and max from those of scale and offset.
+  Pair gradients(const Tensor& min, const Tensor& max, Tensor grad_scale,
+                 const Tensor& grad_offset) const {
+    const Tensor zero = at::zeros({}, min.options());
+    const Tensor signed_s = signed_scale(min, max);
+    Tensor direct = at::zeros_like(grad_scale);
+    if (!args.symmetric) {
+      const Tensor scale = signed_s.abs().clamp_min(smallest_scale);
+      const Tensor offset = at::round(min / scale) - args.qmin;
+      const Tensor free = (offset >= -args.qmax).logical_and(offset <= -args.qmin);
+      const Tensor kept = at::where(free, grad_offset, zero);
+      direct = kept / scale;
+      grad_scale = grad_scale - kept * min / (scale * scale);
+    }
+    const Tensor slope =
+        at::where(signed_s.abs() < smallest_scale, zero, at::sign(signed_s) / steps);
+    const Tensor towards_max = grad_scale * slope;
+    return {direct - towards_max, towards_max};
+  }
+};
+
 struct Prepared {
   Blocks blocks;
   Tensor x, first, second, scale, offset;
@@ -47,13 +92,7 @@ struct Prepared {
     scale = first;
     offset = second;
     if (args.is_range) {
-      const double steps = static_cast<double>(args.qmax - args.qmin);
-      const auto divisor = at::full({}, steps, first.options());
-      const double smallest = std::min<double>(std::numeric_limits<float>::epsilon(), 0.01 / steps);
-      scale = ((second - first) / divisor).abs().clamp_min(smallest);
-      offset = args.symmetric
-                   ? at::full_like(scale, -std::nearbyint((args.qmin + args.qmax) / 2.0))
-                   : (at::round(first / scale) - args.qmin).clamp(-args.qmax, -args.qmin);
+      std::tie(scale, offset) = Range(args).scale_offset(first, second);
     }
   }
 };
@@ -111,25 +150,27 @@ Grads affine_backward_tensor_ops(const AffineArgs& args, const Tensor& grad, con
   Tensor grad_first = gs.sum_to_size(p.blocks.encoding);
   Tensor grad_second = go.sum_to_size(p.blocks.encoding);
   if (args.is_range) {
-    const double steps = static_cast<double>(args.qmax - args.qmin);
-    const double smallest = std::min<double>(std::numeric_limits<float>::epsilon(), 0.01 / steps);
-    const Tensor raw = (p.second - p.first) / steps;
-    Tensor direct = at::zeros_like(grad_first);
-    if (!args.symmetric) {
-      const Tensor offset = at::round(p.first / p.scale) - args.qmin;
-      const Tensor free = (offset >= -args.qmax).logical_and(offset <= -args.qmin);
-      const Tensor kept = at::where(free, grad_second, zero);
-      direct = kept / p.scale;
-      grad_first = grad_first - kept * p.first / (p.scale * p.scale);
-    }
-    const Tensor slope = at::where(raw.abs() < smallest, zero, at::sign(raw) / steps);
-    const Tensor towards_max = grad_first * slope;
-    grad_first = direct - towards_max;
-    grad_second = towards_max;
+    std::tie(grad_first, grad_second) =
+        Range(args).gradients(p.first, p.second, grad_first, grad_second);
   }
   return {mask[0] ? at::empty_like(input).copy_(gx.reshape(input.sizes())) : Tensor(),
           mask[1] ? grad_first.reshape(first.sizes()).to(first.scalar_type()) : Tensor(),
           mask[2] ? grad_second.reshape(second.sizes()).to(second.scalar_type()) : Tensor()};
+}
+
+Pair range_to_scale_offset_tensor_ops(const AffineArgs& args, const Tensor& min,
+                                      const Tensor& max) {
+  const auto type = args.compute_type(min.scalar_type());
+  return Range(args).scale_offset(min.to(type), max.to(type));
+}
+
+Pair range_to_scale_offset_backward_tensor_ops(const AffineArgs& args, const Tensor& grad_scale,
+                                               const Tensor& grad_offset, const Tensor& min,
+                                               const Tensor& max) {
+  const auto type = args.compute_type(min.scalar_type());
+  auto [low, high] =
+      Range(args).gradients(min.to(type), max.to(type), grad_scale.to(type), grad_offset.to(type));
+  return {low.to(min.scalar_type()), high.to(max.scalar_type())};
 }
 
 }  // namespace rimet

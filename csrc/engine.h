@@ -74,10 +74,35 @@ int32_t rimet_row_sums(int32_t kind, const void* a, const void* b, int32_t dtype
 
 const char* rimet_isa();
 
+// The same on a CUDA device; pointers are to its memory. One more status: 4, there is no kernel
+// here.
+struct RimetDevice {
+  int32_t index;  // torch's number of it; -1 if it is none of CUDA's
+  void* stream;
+  // Memory of the device for work put on the stream during the call, or null.
+  void* (*allocate)(void* owner, int64_t bytes);
+  void* owner;
+};
+int32_t rimet_cuda_affine_forward(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                  void* output);
+int32_t rimet_cuda_affine_backward(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                   const void* grad, void* grad_input, void* grad_first,
+                                   void* grad_second);
+int32_t rimet_cuda_range_to_scale_offset(const RimetDevice*, const RimetAffine*, int64_t n,
+                                         void* scale, void* offset);
+int32_t rimet_cuda_range_to_scale_offset_backward(const RimetDevice*, const RimetAffine*, int64_t n,
+                                                  const void* grad_scale, const void* grad_offset,
+                                                  void* grad_min, void* grad_max);
+int32_t rimet_cuda_min_max(const RimetDevice*, const RimetView* input, const int64_t* encoding,
+                           int64_t encoding_ndim, const int64_t* block, int64_t block_len,
+                           void* min, void* max);
+
 // schemas.cpp: see there.
 const char* rimet_register_ops();
 
-// In the other direction: torch's intra-op threads for the engine (parallel.cpp).
+// In the other direction: the file of libtorch_cpu (cuda.cpp), and torch's intra-op threads for the
+// engine (parallel.cpp).
+const char* rimet_torch_library();
 void rimet_parallel_for(int64_t begin, int64_t end, int64_t grain,
                         void (*body)(const void*, int64_t, int64_t), const void* context);
 }

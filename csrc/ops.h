@@ -2,10 +2,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <array>
+#include <exception>
 #include <tuple>
+#include <vector>
 
 #include "engine.h"
 
@@ -35,16 +38,25 @@ struct AffineArgs {
 
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 using Mask = std::array<bool, 3>;
+using Pair = std::tuple<Tensor, Tensor>;
 
 // One implementation per kind of device.
 Tensor affine_forward_cpu(const AffineArgs&, const Tensor& input, const Tensor& first,
                           const Tensor& second);
 Grads affine_backward_cpu(const AffineArgs&, const Tensor& grad, const Tensor& input,
                           const Tensor& first, const Tensor& second, Mask);
+Tensor affine_forward_cuda(const AffineArgs&, const Tensor& input, const Tensor& first,
+                           const Tensor& second);
+Grads affine_backward_cuda(const AffineArgs&, const Tensor& grad, const Tensor& input,
+                           const Tensor& first, const Tensor& second, Mask);
 Tensor affine_forward_tensor_ops(const AffineArgs&, const Tensor& input, const Tensor& first,
                                  const Tensor& second);
 Grads affine_backward_tensor_ops(const AffineArgs&, const Tensor& grad, const Tensor& input,
                                  const Tensor& first, const Tensor& second, Mask);
+Pair range_to_scale_offset_tensor_ops(const AffineArgs&, const Tensor& min, const Tensor& max);
+Pair range_to_scale_offset_backward_tensor_ops(const AffineArgs&, const Tensor& grad_scale,
+                                               const Tensor& grad_offset, const Tensor& min,
+                                               const Tensor& max);
 Tensor affine_forward_meta(const AffineArgs&, const Tensor& input, const Tensor& first,
                            const Tensor& second);
 Grads affine_backward_meta(const AffineArgs&, const Tensor& grad, const Tensor& input,
@@ -67,12 +79,35 @@ Tensor dense(const Tensor& tensor);
 // `like`'s layout exactly.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like);
 
+// One call of the engine's CUDA kernels: the tensor's device is current, scratch memory lives until
+// the end. Where a kernel cannot be had, callers go on with tensor ops.
+class CudaCall {
+ public:
+  explicit CudaCall(const Tensor& tensor);
+  CudaCall(const CudaCall&) = delete;
+
+  const RimetDevice* device() const { return &device_; }
+  // Whether the kernel ran; raises what went wrong.
+  bool ran(int32_t status, const char* op) const;
+
+  void* allocate(int64_t bytes);
+
+ private:
+  at::TensorOptions options_;
+  c10::DeviceGuard guard_;
+  RimetDevice device_;
+  std::vector<Tensor> scratch_;
+  std::exception_ptr error_;
+};
+
 // Registration, one function a file and dispatch key; called by schemas.cpp.
 void register_affine_cpu(torch::Library&);
+void register_affine_cuda(torch::Library&);
 void register_affine_composite(torch::Library&);
 void register_affine_meta(torch::Library&);
 void register_affine_autograd(torch::Library&);
 void register_min_max_cpu(torch::Library&);
+void register_min_max_cuda(torch::Library&);
 void register_min_max_composite(torch::Library&);
 void register_min_max_meta(torch::Library&);
 void register_adaround_cpu(torch::Library&);

@@ -81,6 +81,11 @@ void register_all() {
   register_adaround_cpu(cpu);
   register_seq_mse_cpu(cpu);
 
+  // Where no CUDA kernel can be had, these go on with tensor ops themselves.
+  auto& cuda = library(torch::Library::IMPL, c10::DispatchKey::CUDA);
+  register_affine_cuda(cuda);
+  register_min_max_cuda(cuda);
+
   // Devices without kernels of their own take plain tensor ops.
   auto& composite = library(torch::Library::IMPL, c10::DispatchKey::CompositeExplicitAutograd);
   register_affine_composite(composite);

@@ -15,8 +15,13 @@ def backend_info() -> dict[str, Any]:
     Returns:
         ``cpu_isa`` (instruction set of the CPU kernels in use), ``cpu_isa_detected`` (the widest
         this processor has), ``threads`` (torch's intra-op threads, which the kernels use),
-        ``cuda`` (how CUDA tensors are computed), ``version`` of the ops in use, ``torch``.
+        ``cuda_kernels`` (whether kernels compute the tensors of the current CUDA device; plain tensor
+        operations give the same results otherwise), ``cuda`` (with what, or why not),
+        ``version`` of the ops in use, ``torch``.
     """
+    cuda_kernels, cuda = False, "no CUDA device"
+    if torch.cuda.is_available():
+        cuda_kernels, cuda = _core.cuda_status(torch.cuda.current_device())
     isa, detected = _core.cpu_isa()
     return {
         "version": _core.registered_version(),
@@ -24,7 +29,8 @@ def backend_info() -> dict[str, Any]:
         "cpu_isa": isa,
         "cpu_isa_detected": detected,
         "threads": torch.get_num_threads(),
-        "cuda": "plain tensor operations (no CUDA kernels in this build)",
+        "cuda_kernels": cuda_kernels,
+        "cuda": cuda,
     }
 
 

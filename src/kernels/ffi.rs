@@ -22,7 +22,7 @@ thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::new(CString::default());
 }
 
-fn status(body: impl FnOnce() -> Result<()>) -> i32 {
+pub(super) fn status(body: impl FnOnce() -> Result<()>) -> i32 {
     let (code, message) = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return OK,
         Ok(Err(error)) => {
@@ -60,19 +60,19 @@ pub extern "C" fn rimet_last_error() -> *const c_char {
 /// A dense tensor. `dtype` is a `c10::ScalarType`.
 #[repr(C)]
 pub struct View {
-    data: *mut c_void,
+    pub(super) data: *mut c_void,
     sizes: *const i64,
     strides: *const i64,
     ndim: i64,
-    dtype: i32,
+    pub(super) dtype: i32,
 }
 
 /// How a tensor is quantized. `first` and `second` are contiguous arrays of the compute type: scale and
 /// offset, or min and max if `is_range`.
 #[repr(C)]
 pub struct Affine {
-    first: *const c_void,
-    second: *const c_void,
+    pub(super) first: *const c_void,
+    pub(super) second: *const c_void,
     encoding: *const i64,
     encoding_ndim: i64,
     block: *const i64,
@@ -81,17 +81,17 @@ pub struct Affine {
     qmin: i64,
     qmax: i64,
     zero_point_shift: f64,
-    op: i32,
-    is_range: i32,
-    symmetric: i32,
+    pub(super) op: i32,
+    pub(super) is_range: i32,
+    pub(super) symmetric: i32,
     /// 0: float32, 1: float64.
-    double_compute: i32,
+    pub(super) double_compute: i32,
 }
 
-const FLOAT16: i32 = 5;
-const FLOAT32: i32 = 6;
-const FLOAT64: i32 = 7;
-const BFLOAT16: i32 = 15;
+pub(super) const FLOAT16: i32 = 5;
+pub(super) const FLOAT32: i32 = 6;
+pub(super) const FLOAT64: i32 = 7;
+pub(super) const BFLOAT16: i32 = 15;
 
 /// # Safety
 /// `p` points to `n` integers, or `n` is 0.
@@ -116,6 +116,35 @@ impl View {
             )
         };
         BlockGeometry::new(sizes, strides, encoding, block)
+    }
+
+    /// The geometry of `min_max`, which needs elements.
+    ///
+    /// # Safety
+    /// As for `geometry`.
+    pub(super) unsafe fn min_max_geometry(
+        &self,
+        encoding: *const i64,
+        encoding_ndim: i64,
+        block: *const i64,
+        block_len: i64,
+    ) -> Result<BlockGeometry> {
+        // SAFETY: by the contract.
+        unsafe {
+            let block = (block_len >= 0).then(|| integers(block, block_len));
+            let geometry = self.geometry(integers(encoding, encoding_ndim), block)?;
+            if geometry.numel() == 0 {
+                return Err(Error::value(
+                    "input",
+                    "at least one element to take a minimum and maximum of",
+                    format!(
+                        "an empty tensor of shape {:?}",
+                        integers(self.sizes, self.ndim)
+                    ),
+                ));
+            }
+            Ok(geometry)
+        }
     }
 }
 
@@ -147,7 +176,7 @@ impl Affine {
 
     /// # Safety
     /// The pointers are as `csrc/engine.h` says.
-    unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {
+    pub(super) unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {
         // SAFETY: by the contract.
         unsafe {
             let encoding = integers(self.encoding, self.encoding_ndim);
@@ -156,7 +185,7 @@ impl Affine {
         }
     }
 
-    fn grid(&self) -> Result<AffineGrid> {
+    pub(super) fn grid(&self) -> Result<AffineGrid> {
         if self.op == 1 {
             // Dequantize has no grid; any will do.
             return AffineGrid::new(0, 1, 0.0);
@@ -496,18 +525,7 @@ pub unsafe extern "C" fn rimet_min_max(
     // SAFETY: by the contract.
     status(|| unsafe {
         let input = &*input;
-        let block = (block_len >= 0).then(|| integers(block, block_len));
-        let geometry = &input.geometry(integers(encoding, encoding_ndim), block)?;
-        if geometry.numel() == 0 {
-            return Err(Error::value(
-                "input",
-                "at least one element to take a minimum and maximum of",
-                format!(
-                    "an empty tensor of shape {:?}",
-                    integers(input.sizes, input.ndim)
-                ),
-            ));
-        }
+        let geometry = &input.min_max_geometry(encoding, encoding_ndim, block, block_len)?;
         for_types!(input.dtype, 0, write(input, geometry, min, max))
     })
 }

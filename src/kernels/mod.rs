@@ -4,4 +4,5 @@
 //! dtype and a [`BlockGeometry`](crate::encoding::BlockGeometry).
 
 pub mod cpu;
+pub mod cuda;
 pub mod ffi;

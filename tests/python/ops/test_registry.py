@@ -66,7 +66,9 @@ GEOMETRIES = {
 }
 
 
-def tensors(g: Geometry, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+def tensors(
+    g: Geometry, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """An input around the grid, with its encodings as (scale, offset) and as (min, max)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -77,14 +79,20 @@ def tensors(g: Geometry, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.T
     scale = (0.05 + rand(g.encoding)).float()
     offset = torch.floor(rand(g.encoding) * 8 - 12).float()
     x = (torch.randn(g.input, generator=generator, dtype=torch.float64) * 4).to(dtype)
+    grad = torch.randn(g.input, generator=generator, dtype=torch.float64).to(dtype)
     return {
-        "x": g.layout(x),
-        "grad": g.layout(torch.randn(g.input, generator=generator, dtype=torch.float64).to(dtype)),
-        "scale": scale,
-        "offset": offset,
-        "min": -(0.2 + 3 * rand(g.encoding)).float(),
-        "max": (0.2 + 3 * rand(g.encoding)).float(),
+        "x": g.layout(x.to(device)),
+        "grad": g.layout(grad.to(device)),
+        "scale": scale.to(device),
+        "offset": offset.to(device),
+        "min": -(0.2 + 3 * rand(g.encoding)).float().to(device),
+        "max": (0.2 + 3 * rand(g.encoding)).float().to(device),
     }
+
+
+def on_cpu(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Where the references compute."""
+    return [argument.detach().cpu() for argument in arguments]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,55 +168,61 @@ def test_every_op_is_listed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("name", ENTRIES)
-def test_forward_is_the_reference_bit_for_bit(name: str, geometry: str, dtype: torch.dtype) -> None:
+def test_forward_is_the_reference_bit_for_bit(
+    name: str, geometry: str, dtype: torch.dtype, device: str
+) -> None:
     g = GEOMETRIES[geometry]
     names, op, ref = ENTRIES[name]
-    data = tensors(g, dtype)
+    data = tensors(g, dtype, device=device)
     arguments = [data[n] for n in names]
     result = op(g, *arguments)
     assert result.dtype == dtype and result.shape == arguments[0].shape
     # The reference in the kernel's precision: the same operations, so the same bits.
-    expected = ref(g, *arguments, compute_dtype=compute_dtype(dtype))
-    torch.testing.assert_close(result, expected.to(dtype), rtol=0, atol=0)
+    expected = ref(g, *on_cpu(arguments), compute_dtype=compute_dtype(dtype))
+    torch.testing.assert_close(result.cpu(), expected.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != "empty"])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_gradients_are_the_closed_form(name: str, geometry: str, dtype: torch.dtype) -> None:
+def test_gradients_are_the_closed_form(
+    name: str, geometry: str, dtype: torch.dtype, device: str
+) -> None:
     g = GEOMETRIES[geometry]
     names, op, _ = ENTRIES[name]
-    data = tensors(g, dtype)
+    data = tensors(g, dtype, device=device)
     arguments = [data[n].detach().to(dtype).requires_grad_() for n in names]
     result = op(g, *arguments)
     got = torch.autograd.grad(result, arguments, data["grad"])
-    expected = GRADIENTS[name](g, data["grad"], *[a.detach() for a in arguments])
+    expected = GRADIENTS[name](g, *on_cpu([data["grad"], *arguments]))
     # The reference is float64; float32 terms carry 2^-24 each and cancel by at most a few digits.
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
     for a, b, argument in zip(got, expected, arguments, strict=True):
         assert a.shape == argument.shape and a.dtype == argument.dtype
         scale = max(1.0, b.abs().max().item())
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * scale)
+        torch.testing.assert_close(
+            a.cpu().double(), b.double(), rtol=tolerance, atol=tolerance * scale
+        )
 
 
 @pytest.mark.parametrize("name", ["quantize", "quantize_dequantize", "dequantize"])
-def test_smooth_directions_pass_gradcheck(name: str) -> None:
+def test_smooth_directions_pass_gradcheck(name: str, device: str) -> None:
     # Dequantize is smooth everywhere; the others are constant off the grid, where x clips.
     g = Geometry((3, 4), (3, 1))
-    data = tensors(g, torch.float64)
+    data = tensors(g, torch.float64, device=device)
     scale = data["scale"].double().requires_grad_()
     offset = data["offset"].double().requires_grad_()
-    x = (torch.full((3, 4), 1e3, dtype=torch.float64)).requires_grad_()
+    x = torch.full((3, 4), 1e3, dtype=torch.float64, device=device).requires_grad_()
     _, op, _ = ENTRIES[name]
     assert torch.autograd.gradcheck(lambda *a: op(g, *a), (x, scale, offset))
 
 
 @pytest.mark.parametrize("geometry", ["per-tensor", "per-channel-0", "blocks", "channels-last"])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_opcheck(name: str, geometry: str) -> None:
+def test_opcheck(name: str, geometry: str, device: str) -> None:
     g = GEOMETRIES[geometry]
     names, _, _ = ENTRIES[name]
-    data = tensors(g, torch.float32)
+    data = tensors(g, torch.float32, device=device)
     arguments = [data[n].detach().requires_grad_() for n in names]
     plain: dict[str, tuple[Any, ...]] = {
         "quantize": (QMIN, QMAX, g.block),
@@ -219,39 +233,40 @@ def test_opcheck(name: str, geometry: str) -> None:
     opcheck(getattr(OPS, name).default, (*arguments, *plain[name]))
 
 
-def test_opcheck_of_the_others() -> None:
-    low, high = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.5])
+def test_opcheck_of_the_others(device: str) -> None:
+    low = torch.tensor([-1.0, -2.0], device=device)
+    high = torch.tensor([1.0, 0.5], device=device)
     opcheck(
         OPS.range_to_scale_offset.default,
         (low.requires_grad_(), high.requires_grad_(), 0, 255, False),
     )
-    opcheck(OPS.min_max.default, (torch.randn(4, 6), [4, 2], [1, 3]))
+    opcheck(OPS.min_max.default, (torch.randn(4, 6, device=device), [4, 2], [1, 3]))
 
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != "empty"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_min_max(geometry: str, dtype: torch.dtype) -> None:
+def test_min_max(geometry: str, dtype: torch.dtype, device: str) -> None:
     g = GEOMETRIES[geometry]
-    x = tensors(g, dtype)["x"]
+    x = tensors(g, dtype, device=device)["x"]
     for got, expected in zip(
         OPS.min_max(x, g.encoding, g.block),
-        reference.min_max(x, g.encoding, g.block),
+        reference.min_max(x.cpu(), g.encoding, g.block),
         strict=True,
     ):
         assert got.dtype == dtype and got.shape == g.encoding
-        assert torch.equal(got, expected.to(dtype))
+        assert torch.equal(got.cpu(), expected.to(dtype))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_range_to_scale_offset(symmetric: bool) -> None:
-    data = tensors(Geometry((7,), (7,)), torch.float32)
+def test_range_to_scale_offset(symmetric: bool, device: str) -> None:
+    data = tensors(Geometry((7,), (7,)), torch.float32, device=device)
     low, high = data["min"].requires_grad_(), data["max"].requires_grad_()
     got = OPS.range_to_scale_offset(low, high, -8, 7, symmetric)
     expected = reference.range_to_scale_offset(
-        low.detach(), high.detach(), -8, 7, symmetric, compute_dtype=torch.float32
+        *on_cpu([low, high]), -8, 7, symmetric, compute_dtype=torch.float32
     )
     for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b.float())
+        assert torch.equal(a.cpu(), b.float())
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -309,19 +324,20 @@ def test_devices_without_kernels_compute_the_same() -> None:
         assert torch.equal(y, OPS.quantize_dequantize_range(x, a, b, 0, 15, False, 0.0, g.block))
 
 
-def test_grids_beyond_float32_are_computed_in_float64() -> None:
-    x = torch.tensor([0.1, -3.7, 123.456, 2e9], dtype=torch.float32)
-    scale, offset = torch.tensor(1e-7), torch.tensor(0.0)
+def test_grids_beyond_float32_are_computed_in_float64(device: str) -> None:
+    x = torch.tensor([0.1, -3.7, 123.456, 2e9], dtype=torch.float32, device=device)
+    scale, offset = torch.tensor(1e-7, device=device), torch.tensor(0.0, device=device)
     y = OPS.quantize_dequantize(x, scale, offset, -(2**31), 2**31 - 1)
     s = scale.double()
     expected = ((x.double() / s).round().clamp(-(2**31), 2**31 - 1) * s).float()
     assert torch.equal(y, expected)
 
 
-def test_nan_and_infinity() -> None:
-    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.3] * 9)
-    y = OPS.quantize_dequantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7)
-    assert y[0].isnan() and torch.equal(y[1:4], torch.tensor([7.0, -8.0, 3.0]) * 0.1)
+def test_nan_and_infinity(device: str) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.3] * 9, device=device)
+    scale, offset = torch.tensor(0.1, device=device), torch.tensor(0.0, device=device)
+    y = OPS.quantize_dequantize(x, scale, offset, -8, 7)
+    assert y[0].isnan() and torch.equal(y[1:4].cpu(), torch.tensor([7.0, -8.0, 3.0]) * 0.1)
     low, high = OPS.min_max(x, [])
     assert low.isnan() and high.isnan()
 
@@ -342,16 +358,16 @@ def test_nan_and_infinity() -> None:
     ],
 )
 def test_hostile_input_is_a_typed_error(
-    call: Callable[..., Any], error: type[Exception], words: list[str]
+    call: Callable[..., Any], error: type[Exception], words: list[str], device: str
 ) -> None:
     with pytest.raises(error) as caught:
-        call(torch.randn(4, 6), torch.rand(3))
+        call(torch.randn(4, 6, device=device), torch.rand(3, device=device))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_double_backward_is_refused() -> None:
-    x = torch.randn(8, requires_grad=True)
-    scale, offset = torch.tensor(0.1), torch.tensor(0.0)
+def test_double_backward_is_refused(device: str) -> None:
+    x = torch.randn(8, requires_grad=True, device=device)
+    scale, offset = torch.tensor(0.1, device=device), torch.tensor(0.0, device=device)
     y = OPS.quantize_dequantize(x * 2, scale, offset, -8, 7)
     (grad,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="derivative|not implemented"):
@@ -373,8 +389,8 @@ class _Module(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_script_trace_compile_export_autocast(tmp_path: Any) -> None:
-    module, x = _Module().eval(), torch.randn(2, 3, 8, 8)
+def test_script_trace_compile_export_autocast(tmp_path: Any, device: str) -> None:
+    module, x = _Module().eval().to(device), torch.randn(2, 3, 8, 8, device=device)
     expected = module(x)
     path = str(tmp_path / "module.pt")
     torch.jit.save(torch.jit.trace(module, x), path)
@@ -387,7 +403,7 @@ def test_script_trace_compile_export_autocast(tmp_path: Any) -> None:
     assert torch.equal(result, expected)
     result.sum().backward()
     assert module.low.grad is not None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         half = module(x)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.15)

@@ -1,0 +1,312 @@
+//! The C boundary of the CUDA kernels; the functions beside those of [`crate::kernels::ffi`]. Twin of the second
+//! half of `csrc/engine.h`.
+
+use super::affine::{self, Call, Grid};
+use super::device::Launcher;
+use super::kernel::Stored;
+use super::{min_max, range, Failure};
+use crate::encoding::AffineGrid;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::Compute;
+use crate::kernels::ffi::{status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
+use std::ffi::c_void;
+
+/// There is no kernel: the caller takes tensor ops. Beside the codes of `kernels::ffi`.
+const UNAVAILABLE: i32 = 4;
+
+/// Where a call's tensors are.
+#[repr(C)]
+pub struct Device {
+    /// torch's number of the device; -1 if it is none of CUDA's.
+    index: i32,
+    stream: *mut c_void,
+    /// Gives memory of the device that lives until the work of this call is done, or null.
+    allocate: extern "C" fn(owner: *mut c_void, bytes: i64) -> *mut c_void,
+    owner: *mut c_void,
+}
+
+impl Device {
+    fn run(&self, body: impl FnOnce(&Launcher<'_>) -> Result<(), Failure>) -> i32 {
+        let mut unavailable = false;
+        let code = status(|| {
+            let allocate = |bytes| (self.allocate)(self.owner, bytes as i64);
+            let launcher = Launcher::new(self.index, self.stream, &allocate);
+            match launcher.and_then(|launcher| body(&launcher)) {
+                Err(Failure::Error(error)) => Err(error),
+                Err(Failure::Unavailable(_)) => {
+                    unavailable = true;
+                    Ok(())
+                }
+                Ok(()) => Ok(()),
+            }
+        });
+        if unavailable {
+            UNAVAILABLE
+        } else {
+            code
+        }
+    }
+}
+
+fn stored(view: &View) -> Result<Stored> {
+    let [f16, bf16, f32, f64] = Stored::ALL;
+    match view.dtype {
+        FLOAT16 => Ok(f16),
+        BFLOAT16 => Ok(bf16),
+        FLOAT32 => Ok(f32),
+        FLOAT64 => Ok(f64),
+        other => Err(Error::type_(
+            "input",
+            "a tensor of float16, bfloat16, float32 or float64",
+            format!("dtype number {other}"),
+        )),
+    }
+}
+
+impl Affine {
+    fn encodings<C>(&self) -> [*const C; 2] {
+        [self.first.cast(), self.second.cast()]
+    }
+
+    /// Calls `body` with the arguments of an affine op.
+    ///
+    /// # Safety
+    /// The pointers are as `csrc/engine.h` says.
+    unsafe fn call<C: Compute>(
+        &self,
+        input: &View,
+        stored: Stored,
+        body: impl FnOnce(&Call<'_, C>) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let grid = self.grid()?;
+        // SAFETY: by the contract.
+        let geometry = unsafe { self.geometry(input)? };
+        body(&Call {
+            operation: self.op as usize,
+            stored,
+            geometry: &geometry,
+            grid: &grid,
+            encodings: self.encodings(),
+            symmetric_range: (self.is_range != 0).then_some(self.symmetric != 0),
+        })
+    }
+
+    /// The grid with its constants, for the ops on ranges alone.
+    fn constants<C: Compute>(&self) -> Result<Grid<C>> {
+        let grid: AffineGrid = self.grid()?;
+        Ok(Grid::new(&grid, self.symmetric != 0))
+    }
+}
+
+/// Calls a generic function for the compute type.
+macro_rules! for_compute {
+    ($double:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
+        if $double {
+            $function::<f64>($($argument),*)
+        } else {
+            $function::<f32>($($argument),*)
+        }
+    };
+}
+
+/// `rimet_affine_forward` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_affine_forward(
+    device: *const Device,
+    affine: *const Affine,
+    input: *const View,
+    output: *mut c_void,
+) -> i32 {
+    unsafe fn run<C: Compute>(
+        launcher: &Launcher<'_>,
+        affine: &Affine,
+        input: &View,
+        stored: Stored,
+        output: *mut c_void,
+    ) -> Result<(), Failure> {
+        // SAFETY: by the contract.
+        unsafe {
+            affine.call::<C>(input, stored, |call| {
+                affine::forward(launcher, call, input.data, output)
+            })
+        }
+    }
+    // SAFETY: by the contract.
+    unsafe {
+        let (affine, input) = (&*affine, &*input);
+        (*device).run(|launcher| {
+            let stored = stored(input)?;
+            for_compute!(
+                stored.is_double(),
+                run(launcher, affine, input, stored, output)
+            )
+        })
+    }
+}
+
+/// `rimet_affine_backward` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_affine_backward(
+    device: *const Device,
+    affine: *const Affine,
+    input: *const View,
+    grad: *const c_void,
+    grad_input: *mut c_void,
+    grad_first: *mut c_void,
+    grad_second: *mut c_void,
+) -> i32 {
+    unsafe fn run<C: Compute>(
+        launcher: &Launcher<'_>,
+        affine: &Affine,
+        input: &View,
+        stored: Stored,
+        (grad, grad_input): (*const c_void, *mut c_void),
+        encodings: [*mut c_void; 2],
+    ) -> Result<(), Failure> {
+        // SAFETY: by the contract.
+        unsafe {
+            affine.call::<C>(input, stored, |call| {
+                let encodings = encodings.map(<*mut c_void>::cast);
+                affine::backward(launcher, call, grad, input.data, grad_input, encodings)
+            })
+        }
+    }
+    // SAFETY: by the contract.
+    unsafe {
+        let (affine, input) = (&*affine, &*input);
+        (*device).run(|launcher| {
+            let stored = stored(input)?;
+            for_compute!(
+                stored.is_double(),
+                run(
+                    launcher,
+                    affine,
+                    input,
+                    stored,
+                    (grad, grad_input),
+                    [grad_first, grad_second]
+                )
+            )
+        })
+    }
+}
+
+/// `rimet_range_to_scale_offset` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_range_to_scale_offset(
+    device: *const Device,
+    affine: *const Affine,
+    n: i64,
+    scale: *mut c_void,
+    offset: *mut c_void,
+) -> i32 {
+    unsafe fn run<C: Compute>(
+        launcher: &Launcher<'_>,
+        affine: &Affine,
+        n: u64,
+        outputs: [*mut c_void; 2],
+    ) -> Result<(), Failure> {
+        let (grid, outputs) = (affine.constants::<C>()?, outputs.map(<*mut c_void>::cast));
+        // SAFETY: by the contract.
+        unsafe { range::to_scale_offset(launcher, grid, n, affine.encodings(), outputs) }
+    }
+    // SAFETY: by the contract.
+    unsafe {
+        let affine = &*affine;
+        (*device).run(|launcher| {
+            for_compute!(
+                affine.double_compute != 0,
+                run(launcher, affine, n as u64, [scale, offset])
+            )
+        })
+    }
+}
+
+/// `rimet_range_to_scale_offset_backward` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_range_to_scale_offset_backward(
+    device: *const Device,
+    affine: *const Affine,
+    n: i64,
+    grad_scale: *const c_void,
+    grad_offset: *const c_void,
+    grad_min: *mut c_void,
+    grad_max: *mut c_void,
+) -> i32 {
+    unsafe fn run<C: Compute>(
+        launcher: &Launcher<'_>,
+        affine: &Affine,
+        n: u64,
+        incoming: [*const c_void; 2],
+        outputs: [*mut c_void; 2],
+    ) -> Result<(), Failure> {
+        let grid = affine.constants::<C>()?;
+        let incoming = incoming.map(<*const c_void>::cast);
+        let outputs = outputs.map(<*mut c_void>::cast);
+        // SAFETY: by the contract.
+        unsafe {
+            let ranges = affine.encodings();
+            range::to_scale_offset_backward(launcher, grid, n, ranges, incoming, outputs)
+        }
+    }
+    // SAFETY: by the contract.
+    unsafe {
+        let affine = &*affine;
+        (*device).run(|launcher| {
+            for_compute!(
+                affine.double_compute != 0,
+                run(
+                    launcher,
+                    affine,
+                    n as u64,
+                    [grad_scale, grad_offset],
+                    [grad_min, grad_max]
+                )
+            )
+        })
+    }
+}
+
+/// `rimet_min_max` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_min_max(
+    device: *const Device,
+    input: *const View,
+    encoding: *const i64,
+    encoding_ndim: i64,
+    block: *const i64,
+    block_len: i64,
+    min: *mut c_void,
+    max: *mut c_void,
+) -> i32 {
+    // SAFETY: by the contract.
+    unsafe {
+        let input = &*input;
+        (*device).run(|launcher| {
+            let geometry = input.min_max_geometry(encoding, encoding_ndim, block, block_len)?;
+            let stored = stored(input)?;
+            if stored.is_double() {
+                let outputs = [min, max].map(<*mut c_void>::cast::<f64>);
+                min_max::min_max(launcher, stored, &geometry, input.data, outputs)
+            } else {
+                let outputs = [min, max].map(<*mut c_void>::cast::<f32>);
+                min_max::min_max(launcher, stored, &geometry, input.data, outputs)
+            }
+        })
+    }
+}

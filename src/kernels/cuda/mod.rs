@@ -1,0 +1,55 @@
+//! CUDA kernels: compiled from `csrc/cuda` by NVRTC on first use, launched on torch's current stream.
+//!
+//! Neither libcuda nor NVRTC is linked: both are opened when the first CUDA tensor comes along, so the
+//! same library runs where neither is. Where a kernel cannot be had the answer is
+//! [`Failure::Unavailable`], and `csrc/` takes plain tensor ops instead.
+//!
+//! - [`kernel`]: which instances of the templates in `csrc/cuda` there are, and their source text.
+//! - `nvrtc`, `cache`: from source text to machine code, once per architecture.
+//! - `driver`, `device`: loading and launching.
+//! - [`geometry`]: block geometry as kernels take it; how a reduction is cut into units of work.
+//! - `affine`, `min_max`, `range`: one file for each `.cu` file, with the arguments' twins.
+//!
+//! Nothing here waits for the device or allocates on it (scratch memory comes from torch), so after one
+//! warm-up call has compiled what it needs, an op can be captured into a CUDA graph.
+
+mod affine;
+mod cache;
+mod device;
+mod driver;
+mod ffi;
+pub mod geometry;
+pub mod kernel;
+mod min_max;
+mod nvrtc;
+mod range;
+mod skeleton;
+
+pub use device::{status, Status};
+pub use kernel::Kernel;
+pub use nvrtc::compile;
+
+use crate::error::Error;
+
+/// Why a kernel did not run.
+#[derive(Debug)]
+pub enum Failure {
+    /// There is no such kernel here, for this reason; tensor ops can do the same.
+    Unavailable(String),
+    /// The caller's mistake, or the device's.
+    Error(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Error(error)
+    }
+}
+
+/// Every kernel there is.
+pub fn kernels() -> Vec<Kernel> {
+    let mut all = affine::kernels();
+    all.extend(min_max::kernels());
+    all.extend(range::kernels());
+    all
+}

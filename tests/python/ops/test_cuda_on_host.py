@@ -1,0 +1,359 @@
+"""The CUDA kernels on the CPU: the same source, the same launches, a stand-in for the driver.
+
+CPU tensors are handed to the ops' CUDA implementations, so everything between the dispatcher and the
+GPU's arithmetic runs: csrc, the launcher, block geometry, the kernels' indexing, barriers and reductions.
+What a GPU alone can show is in the tests marked ``cuda``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import reference
+import rimet
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from .test_registry import ENTRIES, GEOMETRIES, GRADIENTS, OPS, Geometry, compute_dtype, tensors
+
+CUDA = torch._C.DispatchKey.CUDA
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+# Beside the geometries of every device: what the kernels cut into parts, and odd ends of 16-byte accesses.
+ON_CUDA = GEOMETRIES | {
+    "parts-of-columns": Geometry((3000, 5), (5,)),
+    "tiles-of-columns": Geometry((7, 2003), (2003,)),
+    "kept-around-columns": Geometry((4, 6, 5), (4, 1, 5)),
+    "runs-of-many-rows": Geometry((40, 3, 50), (3, 1)),
+    "short-runs": Geometry((300, 9), (300, 1)),
+    "columns-of-blocks": Geometry((64, 12), (4, 12), [16, 1]),
+    "misaligned": Geometry((1027,), (), None, lambda t: torch.cat([t[:1], t])[1:]),
+    "misaligned-rows": Geometry(
+        (5, 64), (5, 1), None, lambda t: torch.cat([t[:1], t]).flatten()[64:].view(5, 64)
+    ),
+}
+
+
+def through_cuda(op: Any) -> Callable[..., Any]:
+    """The op's CUDA implementation, whatever its tensors are."""
+    return lambda *args: op.default._op_dk(CUDA, *args)
+
+
+class CudaOps:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return through_cuda(getattr(OPS, name))
+
+
+CUDA_OPS = CudaOps()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver(host_driver_library: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if torch.cuda.is_available():
+        pytest.skip("the real driver serves this process")
+    # Read once, when the first CUDA op comes along: nothing else in this process does without a device.
+    os.environ["RIMET_LIBCUDA"] = os.environ["RIMET_LIBNVRTC"] = str(host_driver_library)
+    os.environ["RIMET_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    kernels, reason = rimet._core.cuda_status(-1)
+    assert kernels, reason
+    return ctypes.CDLL(str(host_driver_library))
+
+
+def plain(name: str, block: list[int] | None) -> tuple[Any, ...]:
+    return {
+        "quantize": (0, 15, block),
+        "dequantize": (block,),
+        "quantize_dequantize": (0, 15, 0.5, block),
+        "quantize_dequantize_range": (0, 15, False, 0.0, block),
+    }[name]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal values (-0 is 0), NaN where the other has it; dtype, shape and layout too."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", ON_CUDA)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_forward_is_the_reference_bit_for_bit(
+    name: str, geometry: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = ON_CUDA[geometry]
+    names, op, ref = ENTRIES[name]
+    data = tensors(g, dtype)
+    arguments = [data[n] for n in names]
+    expected = ref(g, *arguments, compute_dtype=compute_dtype(dtype)).to(dtype)
+    monkeypatch.setitem(op.__globals__, "OPS", CUDA_OPS)
+    torch.testing.assert_close(op(g, *arguments), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", [g for g in ON_CUDA if g != "empty"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_gradients_are_the_closed_form(name: str, geometry: str, dtype: torch.dtype) -> None:
+    g = ON_CUDA[geometry]
+    data = tensors(g, dtype)
+    first, second = (data[n].to(compute_dtype(dtype)) for n in ENTRIES[name][0][1:])
+    x, grad = data["x"], data["grad"]
+    # A shift of 0 here: GRADIENTS' references have none.
+    rest = (0, 15, 0.0, g.block) if name == "quantize_dequantize" else plain(name, g.block)
+    backward = getattr(CUDA_OPS, f"{name}_backward")
+    got = backward(grad, x, first, second, *rest, [True] * 3)
+    expected = GRADIENTS[name](g, grad, x, first, second)
+    # As in test_registry; half precision rounds the gradient of x once more.
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    half = {torch.float16: 2**-11, torch.bfloat16: 2**-8}.get(dtype, 0.0)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        scale = max(1.0, b.abs().max().item())
+        rtol = max(tolerance, half if i == 0 else 0.0)
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=tolerance * scale)
+    # The gradient of x is the CPU kernel's to the bit, alone or with the sums; the sums come out alike.
+    on_cpu = getattr(OPS, f"{name}_backward")(grad, x, first, second, *rest, [True] * 3)
+    assert same(got[0], on_cpu[0])
+    alone = backward(grad, x, first, second, *rest, [True, False, False])
+    assert same(alone[0], got[0]) and alone[1] is None and alone[2] is None
+    again = backward(grad, x, first, second, *rest, [False, True, True])
+    assert again[0] is None and same(again[1], got[1]) and same(again[2], got[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", [g for g in ON_CUDA if g != "empty"])
+def test_min_max(geometry: str, dtype: torch.dtype) -> None:
+    g = ON_CUDA[geometry]
+    x = tensors(g, dtype)["x"]
+    got = CUDA_OPS.min_max(x, g.encoding, g.block)
+    for a, b in zip(got, reference.min_max(x, g.encoding, g.block), strict=True):
+        assert a.dtype == dtype and torch.equal(a, b.to(dtype))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("qmin", "qmax"), [(-8, 7), (0, 255), (-(2**31), 2**31 - 1)])
+def test_range_to_scale_offset(symmetric: bool, qmin: int, qmax: int) -> None:
+    special = [0.0, 1e-30, 1.0, -1.0, 3.4e38, float("inf"), float("nan")]
+    low, high = torch.tensor(list(product(special, special)) * 9).unbind(1)
+    low, high = low.contiguous(), high.contiguous()
+    for a, b in zip(
+        CUDA_OPS.range_to_scale_offset(low, high, qmin, qmax, symmetric),
+        OPS.range_to_scale_offset(low, high, qmin, qmax, symmetric),
+        strict=True,
+    ):
+        assert same(a, b)
+    gs, go = torch.randn_like(low), torch.randn_like(low)
+    arguments = (gs, go, low, high, qmin, qmax, symmetric)
+    for a, b in zip(
+        CUDA_OPS.range_to_scale_offset_backward(*arguments),
+        OPS.range_to_scale_offset_backward(*arguments),
+        strict=True,
+    ):
+        assert same(a, b)
+
+
+HOSTILE = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e30, 6e4, 2.5]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[int, ...], list[int]]:
+    """Input and gradient in any memory order, at any offset, with hostile values; an encoding's shape and block."""
+    parts = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4))
+    broadcast = draw(st.integers(0, len(parts) - 1))
+    order = draw(st.permutations(range(len(parts))))
+    dtype = draw(st.sampled_from(DTYPES))
+    offset = draw(st.integers(0, 3))
+    sizes = [groups * block for groups, block in parts]
+    numel = torch.Size(sizes).numel()
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor() -> Tensor:
+        values = (torch.randn(numel + offset, generator=generator) * 5).to(dtype)[offset:]
+        return values.view([sizes[i] for i in order]).permute(
+            [order.index(i) for i in range(len(sizes))]
+        )
+
+    x, grad = tensor(), tensor()
+    for value in draw(st.lists(st.sampled_from(HOSTILE), max_size=6)):
+        index = torch.randint(numel, (1,), generator=generator)
+        x.as_strided((numel,), (1,), x.storage_offset())[index] = value
+    kept = parts[broadcast:]
+    return x, grad, tuple(groups for groups, _ in kept), [block for _, block in kept]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from(sorted(ENTRIES)), st.sampled_from([True, False]))
+def test_any_geometry_and_hostile_values_give_what_the_cpu_gives(
+    case: tuple[Tensor, Tensor, tuple[int, ...], list[int]], name: str, wide: bool
+) -> None:
+    x, grad, encoding, block = case
+    generator = torch.Generator().manual_seed(1)
+    first = torch.rand(encoding, generator=generator) + 0.1
+    second = torch.floor(torch.rand(encoding, generator=generator) * 8 - 12)
+    if name.endswith("range"):
+        first, second = -first, -second
+    rest = plain(name, block)
+    if wide and name != "dequantize":
+        rest = (-(2**31), 2**31 - 1, *rest[2:])  # float64 inside
+    arguments = (x, first, second, *rest)
+    assert same(getattr(CUDA_OPS, name)(*arguments), getattr(OPS, name)(*arguments))
+    got, expected = (
+        getattr(ops, f"{name}_backward")(grad, *arguments, [True] * 3) for ops in (CUDA_OPS, OPS)
+    )
+    assert same(got[0], expected[0])
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        # The same terms in another order: float32 sums of up to 256, of terms up to 1e30.
+        magnitude = expected[1].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, magnitude), equal_nan=True)
+    for a, b in zip(
+        CUDA_OPS.min_max(x, encoding, block), OPS.min_max(x, encoding, block), strict=True
+    ):
+        assert same(a, b)
+
+
+def test_gradients_of_no_elements_are_zero() -> None:
+    x = torch.empty(0, 6)
+    gx, gs, go = CUDA_OPS.quantize_dequantize_backward(
+        x, x, torch.ones(6), torch.zeros(6), 0, 15, 0.0, None, [True] * 3
+    )
+    assert (
+        gx.shape == (0, 6) and torch.equal(gs, torch.zeros(6)) and torch.equal(go, torch.zeros(6))
+    )
+
+
+def test_sums_do_not_depend_on_the_order_of_threads() -> None:
+    # The stand-in runs the threads of a block forwards and backwards in turn: a missing barrier shows.
+    for geometry in ("chunks", "long-runs", "parts-of-columns", "tiles-of-columns", "blocks"):
+        g = ON_CUDA[geometry]
+        data = tensors(g, torch.float32)
+        arguments = (data["grad"], data["x"], data["min"], data["max"], 0, 15, False, 0.0, g.block)
+        results = [
+            CUDA_OPS.quantize_dequantize_range_backward(*arguments, [True] * 3)
+            # One more launch in between, so that both directions are met whatever a call takes.
+            for _ in range(3)
+            if CUDA_OPS.quantize_dequantize(
+                torch.ones(1), torch.ones(1), torch.zeros(1), 0, 1, 0.0, None
+            ).numel()
+        ]
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), geometry
+
+
+@pytest.mark.parametrize(
+    ("geometry", "forward", "backward"),
+    [
+        ("per-tensor", 1, 1),
+        ("chunks", 1, 2),  # partial results are combined
+        ("per-channel-0", 2, 2),  # ranges become scale and offset first
+        ("per-channel-1", 2, 3),
+        ("blocks", 2, 2),
+        ("parts-of-columns", 2, 3),
+    ],
+)
+def test_launches(geometry: str, forward: int, backward: int, driver: ctypes.CDLL) -> None:
+    g = ON_CUDA[geometry]
+    data = tensors(g, torch.float32)
+    arguments = (data["x"], data["min"], data["max"], 0, 15, False, 0.0, g.block)
+    before = driver.host_driver_launches()
+    CUDA_OPS.quantize_dequantize_range(*arguments)
+    between = driver.host_driver_launches()
+    CUDA_OPS.quantize_dequantize_range_backward(data["grad"], *arguments, [True] * 3)
+    assert (between - before, driver.host_driver_launches() - between) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x, s: CUDA_OPS.quantize(x, s, s, 5, 5, None), ValueError, ["qmin", "quantize"]),
+        (lambda x, s: CUDA_OPS.quantize(x, s, s, 0, 5, None), ValueError, ["scale", "[4, 6]"]),
+        (lambda x, s: CUDA_OPS.quantize(x.int(), s, s, 0, 5, [2]), TypeError, ["float16"]),
+        (lambda x, s: CUDA_OPS.min_max(x[:0], [1], None), ValueError, ["empty", "[0, 6]"]),
+    ],
+)
+def test_hostile_input_is_a_typed_error(
+    call: Callable[..., Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        call(torch.randn(4, 6), torch.rand(3))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# ---- processes of their own: what is read once -------------------------------------------------------------
+
+SCRIPT = """
+import torch, rimet
+x = torch.linspace(-2, 2, 301).view(7, 43).requires_grad_()
+low, high = torch.full((7, 1), -1.0), torch.full((7, 1), 1.5)
+ops, key = torch.ops.rimet, torch._C.DispatchKey.CUDA
+plain = (0, 15, False, 0.0, None)
+with torch.no_grad():
+    y = ops.quantize_dequantize_range.default._op_dk(key, x, low, high, *plain)
+    assert torch.equal(y, ops.quantize_dequantize_range(x, low, high, *plain))
+    pair = ops.range_to_scale_offset.default._op_dk(key, low, high, 0, 15, False)
+    for a, b in zip(pair, ops.range_to_scale_offset(low, high, 0, 15, False)):
+        assert torch.equal(a, b)
+    a, b = ops.min_max.default._op_dk(key, x, (7, 1), None)
+    assert torch.equal(a, x.amin(1, True)) and torch.equal(b, x.amax(1, True))
+print(*rimet._core.cuda_status(-1))
+"""
+
+
+def run(**environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_tensor_ops_take_over_and_say_why(host_driver_library: Path) -> None:
+    assert "RIMET_CUDA_KERNELS=0" in run(RIMET_CUDA_KERNELS="0")
+    assert "no CUDA driver" in run(RIMET_LIBCUDA="/nowhere/libcuda.so.1")
+    text = run(RIMET_LIBNVRTC="/nowhere/libnvrtc.so")
+    assert text.startswith("False") and "NVRTC cannot be opened" in text
+
+
+def test_nvrtc_of_torch_compiles_and_the_cache_keeps(
+    host_driver_library: Path, tmp_path: Path
+) -> None:
+    environment = {"RIMET_CACHE_DIR": str(tmp_path), "RIMET_LIBNVRTC": ""}
+    nvrtc = os.environ.pop("RIMET_LIBNVRTC")
+    del environment["RIMET_LIBNVRTC"]
+    try:
+        text = run(**environment)
+        assert text.startswith("True") and "sm_90" in text and "libnvrtc" in text
+        kept = sorted((tmp_path / "cuda").iterdir())
+        assert kept and all(file.read_bytes().startswith(b"\x7fELF") for file in kept)
+        times = [file.stat().st_mtime_ns for file in kept]
+        # A file that is of no use is compiled anew; the others are read.
+        kept[0].write_bytes(b"rubbish")
+        run(**environment)
+        assert sorted((tmp_path / "cuda").iterdir()) == kept
+        assert kept[0].read_bytes().startswith(b"\x7fELF")
+        assert [file.stat().st_mtime_ns for file in kept][1:] == times[1:]
+    finally:
+        os.environ["RIMET_LIBNVRTC"] = nvrtc
+
+
+def test_no_cuda_library_is_linked() -> None:
+    needed = subprocess.run(
+        ["readelf", "-d", rimet.ops_library_path()], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line for line in needed.splitlines() if "NEEDED" in line]
+    assert lines and not any("cuda" in line or "nvrtc" in line for line in lines), lines
