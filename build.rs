@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 9] = [
     "schemas.cpp",
     "adaround.cpp",
     "affine.cpp",
@@ -11,7 +11,6 @@ const SOURCES: [&str; 10] = [
     "affine_tensor_ops.cpp",
     "cuda.cpp",
     "min_max.cpp",
-    "parallel.cpp",
     "rust_api.cpp",
     "seq_mse.cpp",
 ];

@@ -8,6 +8,7 @@ pub mod batch_norm_fold;
 pub mod config;
 pub mod cross_layer_equalization;
 pub mod error;
+pub mod functional;
 pub mod op_types;
 pub mod pattern;
 pub mod placement;
@@ -48,6 +49,9 @@ pub struct Tensor {
     /// Position in the flattened outputs of the model, if it is one.
     pub output: Option<usize>,
     pub consumers: Vec<NodeId>,
+    /// Held infinities, or numbers as large as its dtype has, in the recorded run: no grid serves it.
+    #[serde(default)]
+    pub unbounded: bool,
 }
 
 /// A parameter that a module owns itself.
@@ -71,6 +75,9 @@ pub struct Module {
     pub num_outputs: usize,
     /// The twin grows its list of input quantizers to the number of inputs (Concat).
     pub dynamic_inputs: bool,
+    /// The numbers of quantizers are those of the tensors in the recorded run (twins made on the fly).
+    #[serde(default)]
+    pub dynamic: bool,
     /// A module without twin keeps its place in the graph but gets no quantizer.
     pub quantizable: bool,
     /// Calls in the recorded run, in order.
@@ -100,6 +107,10 @@ pub struct Node {
     pub op_type: String,
     /// How often this module, or this function in this scope, had run before.
     pub call: usize,
+    /// How often this function had run before in the same call of the module at `scope`: what the
+    /// quantizers of functional operations are matched by.
+    #[serde(default)]
+    pub turn: usize,
     pub inputs: Vec<Input>,
     pub outputs: Vec<TensorId>,
     /// The function wrote into one of its inputs.
@@ -113,6 +124,9 @@ pub struct Graph {
     pub tensors: Vec<Tensor>,
     pub nodes: Vec<Node>,
     by_path: HashMap<String, ModuleId>,
+    /// Made by [`functional::module_form`].
+    #[serde(default)]
+    in_module_form: bool,
 }
 
 impl Graph {
@@ -127,6 +141,14 @@ impl Graph {
             Source::Node(node, _) => Some(node),
             _ => None,
         }
+    }
+
+    /// Whether a functional node moves data without computing on it.
+    pub fn moves_data(&self, id: NodeId) -> bool {
+        self.nodes[id].function.as_deref().is_some_and(|function| {
+            op_types::function_moves_data(function)
+                || (self.in_module_form && op_types::function_keeps_values(function))
+        })
     }
 
     /// A node that only hands its input on: it has no place in the graph that patterns are matched on.
@@ -149,6 +171,8 @@ impl Graph {
 pub struct GraphBuilder {
     graph: Graph,
     function_calls: HashMap<(String, String), usize>,
+    /// Per call of a module that is running, innermost last: function to the number of its calls.
+    turns: Vec<HashMap<String, usize>>,
 }
 
 impl GraphBuilder {
@@ -175,8 +199,31 @@ impl GraphBuilder {
             dtype,
             output: None,
             consumers: Vec::new(),
+            unbounded: false,
         });
         self.graph.tensors.len() - 1
+    }
+
+    /// The forward of a module that is no node itself begins.
+    pub fn enter_scope(&mut self) {
+        self.turns.push(HashMap::new());
+    }
+
+    /// The forward of a module that is no node itself has ended.
+    pub fn leave_scope(&mut self) {
+        self.turns.pop();
+    }
+
+    /// Says that tensor `id` holds infinities or the largest numbers of its dtype.
+    pub fn mark_unbounded(&mut self, id: TensorId) -> Result<(), GraphError> {
+        let known = self.graph.tensors.len();
+        let tensor = self
+            .graph
+            .tensors
+            .get_mut(id)
+            .ok_or(GraphError::UnknownTensor { id, known })?;
+        tensor.unbounded = true;
+        Ok(())
     }
 
     /// A module was called. Returns the node and the ids of its outputs.
@@ -200,6 +247,7 @@ impl GraphBuilder {
             scope: path.to_owned(),
             op_type,
             call,
+            turn: 0,
             inputs,
             outputs: Vec::new(),
             in_place: false,
@@ -225,12 +273,24 @@ impl GraphBuilder {
             .or_insert(0);
         let call = *counter;
         *counter += 1;
+        if self.turns.is_empty() {
+            self.enter_scope();
+        }
+        let turns = self
+            .turns
+            .last_mut()
+            .map(|turns| turns.entry(function.clone()).or_insert(0));
+        let turn = turns.map_or(0, |next| {
+            *next += 1;
+            *next - 1
+        });
         let node = Node {
             module: None,
             op_type: op_types::function_op_type(&function).to_owned(),
             function: Some(function),
             scope: scope.to_owned(),
             call,
+            turn,
             inputs,
             outputs: Vec::new(),
             in_place,
@@ -294,6 +354,7 @@ pub(crate) mod testing {
             num_inputs: 1,
             num_outputs: 1,
             dynamic_inputs: false,
+            dynamic: false,
             quantizable: true,
             calls: Vec::new(),
         }

@@ -7,7 +7,7 @@ use pyo3::types::{PyDict, PyList};
 use crate::graph::config::{Config, Dtype, Format, Kernel};
 use crate::graph::error::{ConfigError, GraphError};
 use crate::graph::pattern::Flow;
-use crate::graph::placement::{self, Defaults, Plan};
+use crate::graph::placement::{self, Defaults, FunctionalPlan, Plan};
 use crate::graph::{self, op_types, Input, Module, Parameter, Source};
 
 impl From<ConfigError> for PyErr {
@@ -57,7 +57,7 @@ impl GraphBuilder {
         }
     }
 
-    #[pyo3(signature = (path, class_key, params, groups, num_inputs, num_outputs, dynamic_inputs, quantizable))]
+    #[pyo3(signature = (path, class_key, params, groups, num_inputs, num_outputs, dynamic_inputs, dynamic, quantizable))]
     #[allow(clippy::too_many_arguments)]
     fn module(
         &mut self,
@@ -68,6 +68,7 @@ impl GraphBuilder {
         num_inputs: usize,
         num_outputs: usize,
         dynamic_inputs: bool,
+        dynamic: bool,
         quantizable: bool,
     ) -> PyResult<()> {
         let params = params
@@ -82,6 +83,7 @@ impl GraphBuilder {
             num_inputs,
             num_outputs,
             dynamic_inputs,
+            dynamic,
             quantizable,
             calls: Vec::new(),
         })?;
@@ -98,6 +100,18 @@ impl GraphBuilder {
 
     fn constant(&mut self, shape: Vec<i64>, dtype: String) -> usize {
         self.builder.tensor(Source::Constant, shape, dtype)
+    }
+
+    fn mark_unbounded(&mut self, tensor: usize) -> PyResult<()> {
+        Ok(self.builder.mark_unbounded(tensor)?)
+    }
+
+    fn enter_scope(&mut self) {
+        self.builder.enter_scope();
+    }
+
+    fn leave_scope(&mut self) {
+        self.builder.leave_scope();
     }
 
     fn call_module(
@@ -196,6 +210,7 @@ impl Graph {
             dict.set_item("scope", &node.scope)?;
             dict.set_item("op_type", &node.op_type)?;
             dict.set_item("call", node.call)?;
+            dict.set_item("turn", node.turn)?;
             let inputs: Vec<_> = node
                 .inputs
                 .iter()
@@ -239,8 +254,10 @@ impl Graph {
         Flow::new(&self.graph).chains(&patterns, &skip, |_| false)
     }
 
-    /// Applies a configuration. Returns a dict: quantizers, modules, reused.
-    #[pyo3(signature = (config, activation_bitwidth, param_bitwidth, is_float))]
+    /// Applies a configuration. Returns a dict: quantizers, modules, reused; with `functional`, too: functions
+    /// (scope, function, turn, quantizes_weight, in_place, inputs, outputs), left ((scope, function, turn), reason) and
+    /// calls (scope, function, number).
+    #[pyo3(signature = (config, activation_bitwidth, param_bitwidth, is_float, functional = false))]
     fn place<'py>(
         &self,
         py: Python<'py>,
@@ -248,6 +265,7 @@ impl Graph {
         activation_bitwidth: u32,
         param_bitwidth: u32,
         is_float: bool,
+        functional: bool,
     ) -> PyResult<Bound<'py, PyDict>> {
         let dtype = if is_float { Dtype::Float } else { Dtype::Int };
         let defaults = Defaults {
@@ -260,8 +278,14 @@ impl Graph {
                 bitwidth: param_bitwidth,
             },
         };
-        let plan = py.allow_threads(|| placement::place(&self.graph, &config.config, defaults))?;
-        plan_dict(py, &plan)
+        if !functional {
+            let plan =
+                py.allow_threads(|| placement::place(&self.graph, &config.config, defaults))?;
+            return plan_dict(py, &plan);
+        }
+        let functional = py
+            .allow_threads(|| placement::place_functional(&self.graph, &config.config, defaults))?;
+        functional_plan_dict(py, &functional)
     }
 }
 
@@ -309,6 +333,36 @@ fn plan_dict<'py>(py: Python<'py>, plan: &Plan) -> PyResult<Bound<'py, PyDict>> 
     result.set_item("quantizers", quantizers)?;
     result.set_item("modules", modules)?;
     result.set_item("reused", &plan.reused)?;
+    Ok(result)
+}
+
+fn functional_plan_dict<'py>(
+    py: Python<'py>,
+    functional: &FunctionalPlan,
+) -> PyResult<Bound<'py, PyDict>> {
+    let result = plan_dict(py, &functional.plan)?;
+    let functions = PyList::empty(py);
+    for (op, module) in &functional.ops {
+        let dict = PyDict::new(py);
+        let (scope, function, turn) = &op.place;
+        dict.set_item("scope", scope)?;
+        dict.set_item("function", function)?;
+        dict.set_item("turn", turn)?;
+        dict.set_item("quantizes_weight", op.weight.is_some())?;
+        dict.set_item("in_place", op.in_place)?;
+        dict.set_item("inputs", &module.inputs)?;
+        dict.set_item("outputs", &module.outputs)?;
+        dict.set_item("supported_kernels", kernel_list(&module.supported_kernels))?;
+        functions.append(dict)?;
+    }
+    result.set_item("functions", functions)?;
+    let left: Vec<_> = functional
+        .left
+        .iter()
+        .map(|(place, reason)| (place, reason.text()))
+        .collect();
+    result.set_item("left", left)?;
+    result.set_item("calls", &functional.calls)?;
     Ok(result)
 }
 
@@ -379,6 +433,18 @@ fn module_op_type(class_key: &str) -> &str {
     op_types::module_op_type(class_key)
 }
 
+/// One name for the spellings of one torch function.
+#[pyfunction]
+fn canonical_function(name: &str) -> &str {
+    op_types::canonical(name)
+}
+
+/// Whether there is a module class that computes what the torch function of this canonical name does.
+#[pyfunction]
+fn function_has_module_form(canonical: &str) -> bool {
+    op_types::module_of_function(canonical).is_some()
+}
+
 /// Whether a functional node of this type only moves data.
 #[pyfunction]
 fn function_moves_data(op_type: &str) -> bool {
@@ -410,6 +476,8 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<QuantSimConfig>()?;
     module.add_function(wrap_pyfunction!(onnx_type_table, module)?)?;
     module.add_function(wrap_pyfunction!(module_op_type, module)?)?;
+    module.add_function(wrap_pyfunction!(canonical_function, module)?)?;
+    module.add_function(wrap_pyfunction!(function_has_module_form, module)?)?;
     module.add_function(wrap_pyfunction!(function_moves_data, module)?)?;
     module.add_function(wrap_pyfunction!(module_preserves_grid, module)?)?;
     module.add_function(wrap_pyfunction!(moving_functions, module)?)?;

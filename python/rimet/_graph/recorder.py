@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from rimet import _core
 from rimet._graph.inputs import tensors_in
+from rimet.common.torch_functions import function_name
 
 
 class Twin(NamedTuple):
@@ -29,6 +29,8 @@ class Twin(NamedTuple):
     num_inputs: int
     num_outputs: int
     dynamic_inputs: bool
+    dynamic: bool = False
+    """Whether it has a quantizer for each tensor that goes in or comes out."""
 
 
 @dataclass
@@ -38,10 +40,14 @@ class Recording:
     graph: _core.Graph
     modules: dict[str, torch.nn.Module]
     """Every module that can be a node, by the path under which it was first met."""
+    scopes: dict[str, torch.nn.Module]
+    """Every other module, likewise: what runs in its forward are nodes of their own."""
     num_inputs: int
     num_outputs: int
     unwatched: list[str] = field(default_factory=list)
     """Places where a tensor appeared that no watched operation had made."""
+    hands_on: list[str] = field(default_factory=list)
+    """Paths of modules that returned the very tensor that they were given, in every call."""
 
 
 def class_key(cls: type) -> str:
@@ -54,29 +60,6 @@ def class_key(cls: type) -> str:
     if module.startswith("torchvision."):
         return f"torchvision.{name}"
     return f"{module}.{name}"
-
-
-@lru_cache(maxsize=1)
-def _dispatched_names() -> dict[Any, str]:
-    """Functions of ``torch.nn.functional`` whose ``__name__`` is not the name they are called
-    by.
-    """
-    functional = vars(torch.nn.functional).items()
-    return {
-        value: name
-        for name, value in functional
-        if callable(value) and getattr(value, "__name__", name) == "fn"
-    }
-
-
-def _function_name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", None) or type(func).__name__
-    if name == "fn":
-        return _dispatched_names().get(func, name)
-    if name == "__get__":
-        # The getter of a property such as ``Tensor.mT``.
-        return getattr(getattr(func, "__self__", None), "__name__", name)
-    return name
 
 
 def _describe(tensor: torch.Tensor) -> tuple[list[int], str]:
@@ -100,10 +83,20 @@ def _storage_key(tensor: torch.Tensor) -> int:
         return 0
 
 
+def _is_unbounded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds infinities, or numbers as large as masks are filled with."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
+        return False
+    limit = torch.finfo(tensor.dtype).max / 4
+    low, high = torch.aminmax(tensor)
+    return bool(low < -limit) or bool(high > limit)
+
+
 class _Recorder:
     """Turns the events of a run into calls of the builder."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, look_at_values: bool) -> None:
+        self.look_at_values = look_at_values
         self.builder = _core.GraphBuilder()
         self.names = {id(t): name for name, t in model.named_parameters(remove_duplicate=True)}
         self.names.update((id(t), name) for name, t in model.named_buffers(remove_duplicate=True))
@@ -113,6 +106,10 @@ class _Recorder:
         self.scopes: list[str] = [""]
         self.inside_leaf: list[tuple[str, list[tuple[torch.Tensor, int]]]] = []
         self.unwatched: list[str] = []
+        # True while the recorder itself calls torch functions.
+        self.looking = False
+        # Path of a module that is a node -> whether each call returned the very tensor it was given.
+        self.hands_on: dict[str, bool] = {}
 
     def bind(self, tensor: torch.Tensor, value: int) -> None:
         reference = weakref.ref(tensor)
@@ -189,14 +186,22 @@ class _Recorder:
     def bind_all(self, tensors: list[torch.Tensor], values: list[int]) -> None:
         for tensor, value in zip(tensors, values, strict=True):
             self.bind(tensor, value)
+        if self.look_at_values:
+            self.looking = True
+            for tensor, value in zip(tensors, values, strict=True):
+                if _is_unbounded(tensor):
+                    self.builder.mark_unbounded(value)
+            self.looking = False
 
     # Events
 
     def enter_scope(self, path: str) -> None:
         self.scopes.append(path)
+        self.builder.enter_scope()
 
     def leave_scope(self) -> None:
         self.scopes.pop()
+        self.builder.leave_scope()
 
     def enter_leaf(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         outer = bool(self.inside_leaf)
@@ -210,6 +215,8 @@ class _Recorder:
         if self.inside_leaf:
             return
         written = [tensor for tensor, version in before if _version(tensor) != version]
+        same = not written and any(outcome is tensor for tensor, _ in before)
+        self.hands_on[path] = self.hands_on.get(path, True) and same
         inputs = self.arguments(args, kwargs)
         tensors, described = self.results(outcome, written)
         self.bind_all(tensors, self.builder.call_module(path, inputs, described))
@@ -227,7 +234,7 @@ class _Recorder:
             return  # asked for a shape, a number, a flag: no tensor has a new value
         inputs = self.arguments(args, kwargs)
         tensors, described = self.results(outcome, written)
-        name, scope = _function_name(func), self.scopes[-1]
+        name, scope = function_name(func), self.scopes[-1]
         self.bind_all(
             tensors, self.builder.call_function(name, scope, inputs, described, bool(written))
         )
@@ -248,7 +255,7 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.recorder.inside_leaf:
+        if self.recorder.inside_leaf or self.recorder.looking:
             return func(*args, **kwargs)
         before = [(tensor, _version(tensor)) for tensor in tensors_in((args, kwargs))]
         outcome = func(*args, **kwargs)
@@ -295,6 +302,9 @@ def record(
     *,
     twin_of: Callable[[str, torch.nn.Module], Twin | None] = lambda path, module: None,
     class_of: Callable[[torch.nn.Module], type] = type,
+    nodes: Collection[torch.nn.Module] = (),
+    transparent: Collection[torch.nn.Module] = (),
+    look_at_values: bool = False,
 ) -> Recording:
     """Runs ``model(*args, **kwargs)`` once, in evaluation mode and without gradients, and records
     its graph.
@@ -307,15 +317,23 @@ def record(
             module has none. A module with a twin is one node; so is a module of ``torch.nn``
             without parts.
         class_of: the class that a module counts as.
+        nodes: modules that are one node although they have no twin.
+        transparent: modules that are no place of their own: the functions that they call count as
+            called by the module that calls them.
+        look_at_values: whether to note which tensors hold infinities or the largest numbers of
+            their dtype.
 
     Returns:
         The recording.
     """
     kwargs = kwargs or {}
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, look_at_values)
     modules: dict[str, torch.nn.Module] = {}
+    scopes: dict[str, torch.nn.Module] = {}
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    inside: set[int] = set()
+    whole = {id(module) for module in nodes}
+    # Modules that need no look of their own.
+    inside: set[int] = {id(module) for module in transparent}
 
     def watch_leaf(path: str, module: torch.nn.Module) -> None:
         def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -335,14 +353,16 @@ def record(
             recorder.leave_scope()
 
         handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
+        # Models may catch what a part of them raises.
+        handles.append(module.register_forward_hook(after, always_call=True))
 
     try:
         for path, module in model.named_modules():
             if id(module) in inside:
                 continue
             twin = twin_of(path, module)
-            if twin is None and not is_atomic(module):
+            if twin is None and not is_atomic(module) and id(module) not in whole:
+                scopes[path] = module
                 watch_scope(path, module)
                 continue
             inside.update(id(part) for part in module.modules())
@@ -359,13 +379,14 @@ def record(
                 shape.num_inputs,
                 shape.num_outputs,
                 shape.dynamic_inputs,
+                shape.dynamic,
                 twin is not None,
             )
             watch_leaf(path, module)
         position = -1
         for position, tensor in enumerate(tensors_in((args, dict(kwargs)))):
             shape_, dtype = _describe(tensor)
-            recorder.bind(tensor, recorder.builder.input(position, shape_, dtype))
+            recorder.bind_all([tensor], [recorder.builder.input(position, shape_, dtype)])
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with evaluating(model), torch.random.fork_rng(devices=devices), _Watch(recorder):
             outcome = model(*args, **kwargs)
@@ -376,5 +397,11 @@ def record(
         for handle in handles:
             handle.remove()
     return Recording(
-        recorder.builder.finish(), modules, position + 1, len(outputs), recorder.unwatched
+        recorder.builder.finish(),
+        modules,
+        scopes,
+        position + 1,
+        len(outputs),
+        recorder.unwatched,
+        [path for path, same in recorder.hands_on.items() if same],
     )

@@ -12,7 +12,6 @@ report says why.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import tempfile
@@ -26,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rimet import _core
-from rimet._graph.inputs import bind_inputs
+from rimet._graph.inputs import bind_inputs, without_labels
 from rimet._graph.recorder import in_evaluation_mode
 from rimet._graph.replay import (
     Execution,
@@ -687,7 +686,7 @@ class StreamingWalk:
         model = next(iter(self._models.values()))
         for batch in self._source:
             if self._forward_fn is None:
-                batch = _without_labels(model, batch)
+                batch = without_labels(model, batch)
                 tensors, structure = flatten(batch)
                 batch = structure.build([tensor.to(device) for tensor in tensors])
             self._batches.append(batch)
@@ -769,17 +768,3 @@ class StreamingWalk:
         usage = self._store.usage()
         self.report.peak_resident_bytes = usage["peak_resident"]
         self.report.spilled_bytes = usage["spilled"]
-
-
-def _without_labels(model: nn.Module, batch: Any) -> Any:
-    """A tuple or list cut to the number of positional arguments of ``forward``."""
-    if not isinstance(batch, tuple | list) or hasattr(batch, "_fields"):
-        return batch
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return batch
-    places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    if len(batch) > places:
-        logger.info("each batch is cut to its first %d of %d elements", places, len(batch))
-        return tuple(batch[:places])
-    return batch

@@ -360,6 +360,10 @@ class BaseQuantizationMixin(metaclass=abc.ABCMeta):
                 RuntimeWarning,
                 stacklevel=2,
             )
+        return cls._twin_of_class(module, quantized_cls)
+
+    @staticmethod
+    def _twin_of_class(module: nn.Module, quantized_cls: type[Any]) -> Any:
         twin: Any = object.__new__(quantized_cls)
         twin.__dict__.update(module.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
@@ -371,7 +375,9 @@ class BaseQuantizationMixin(metaclass=abc.ABCMeta):
         """The module without quantizers, sharing parameters, buffers, submodules, attributes and
         hooks with this one.
         """
-        module_cls = self.qcls_to_cls[type(self)]
+        return self._original_module(self.qcls_to_cls[type(self)])
+
+    def _original_module(self, module_cls: type[nn.Module]) -> nn.Module:
         module = module_cls.__new__(module_cls)
         module.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):

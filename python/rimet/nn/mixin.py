@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rimet.nn.base import BaseQuantizationMixin
+from rimet.nn.functional_ops import outside_functional_mode
 from rimet.nn.slots import flatten, plain, quantize, quantize_each
 from rimet.quantization.tensor import QuantizedTensorBase
 
-__all__ = ["QuantizationMixin", "QuantizationMixinMeta"]
+__all__ = [
+    "QuantizationMixin",
+    "QuantizationMixinMeta",
+    "run_kernel",
+    "run_with_parameters",
+    "twin_docstring",
+]
 
 Kernel = Callable[..., Any]
 
@@ -54,6 +61,8 @@ class QuantizationMixinMeta(ABCMeta):
             cls.forward = build_forward(base)  # type: ignore[attr-defined]
             made: Any = cls
             made.__abstractmethods__ = made.__abstractmethods__ - {"forward"}
+        if issubclass(cls, nn.Module) and "forward" in cls.__dict__:
+            cls.forward = outside_functional_mode(cls.forward)  # type: ignore[attr-defined]
         return cls
 
 
@@ -269,9 +278,14 @@ class _KernelMode(TorchFunctionMode):
         return self.kernel(*args, **kwargs)
 
 
-def _run_kernel(
+def run_kernel(
     module: Any, kernel: Kernel, function: Any, base_forward: Any, args: Any, kwargs: Any
 ) -> Any:
+    """``base_forward(module, *args, **kwargs)`` with ``kernel`` in the place of ``function``.
+
+    :param function: torch function; ``None``: the first one that is called
+    :raises RuntimeError: the function was not called
+    """
     mode = _KernelMode(module, function, kernel)
     with mode:
         output = base_forward(module, *args, **kwargs)
@@ -471,7 +485,7 @@ def _forward_general(
 ) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
-            return _run_kernel(self, kernel, function, base_forward, args, kwargs)
+            return run_kernel(self, kernel, function, base_forward, args, kwargs)
         args, kwargs = quantize_arguments(self, inputs, args, kwargs, skipped)
         tensors = None if stateless else self._quantized_parameters()
         if tensors:
@@ -488,7 +502,7 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) ->
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
-            return _run_kernel(self, kernel, function, base_forward, args, kwargs)
+            return run_kernel(self, kernel, function, base_forward, args, kwargs)
         modules = self._modules
         if len(args) == 1 and not kwargs:
             (x,) = args
@@ -527,7 +541,7 @@ def _forward_call(
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
-            return _run_kernel(self, kernel, function, base_forward, args, kwargs)
+            return run_kernel(self, kernel, function, base_forward, args, kwargs)
         if len(args) == 1 and not kwargs:
             (x,) = args
         elif not args and len(kwargs) == 1 and input_name in kwargs:

@@ -74,7 +74,7 @@ def _build_forward(module_cls: Any) -> Any:
 
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
         if mixin._any_kernel and (kernel := self._active_kernel()) is not None:
-            return mixin._run_kernel(self, kernel, functions, base_forward, (input, hx), {})
+            return mixin.run_kernel(self, kernel, functions, base_forward, (input, hx), {})
         input = _through(self, "input_quantizers", 0, input)
         states = list(self._modules["input_quantizers"]._modules.values())[1:]
         if hx is None and any(q is not None for q in states):

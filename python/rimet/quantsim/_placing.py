@@ -4,7 +4,7 @@ model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from torch import nn
 from rimet._graph import Recording, Twin
 from rimet.common.defs import QuantScheme
 from rimet.nn import BaseQuantizationMixin, QuantizationMixin, UnknownModuleError
+from rimet.nn.functional_ops import FunctionalOp, make_opaque, make_scope
+from rimet.nn.generic import generic_twin, is_generic
 from rimet.quantization import encoding_analyzer
 from rimet.quantization.affine import QuantizeDequantize
 from rimet.quantization.base import QuantizerBase
@@ -55,35 +57,55 @@ def analyzer_for(scheme: QuantScheme, shape: tuple[int, ...]) -> EncodingAnalyze
     return analyzer
 
 
-def make_twins(model: nn.Module) -> dict[str, nn.Module]:
-    """Makes the quantized twin of every module that has one, by the path at which the module is met
-    first.
+class Twins(NamedTuple):
+    """The quantized twins of a model's modules, by the path at which a module is met first."""
+
+    of: dict[str, nn.Module]
+    ignored: dict[str, nn.Module]
+    """Modules that shall stay as they are."""
+
+
+def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
+    """Makes the quantized twin of every module that has one.
 
     The model is left as it is; twins share the parameters of their modules.
 
+    Args:
+        model: the model.
+        quantize_unknown: whether modules without parts whose class is unknown get a generic twin.
+
     Raises:
-        UnknownModuleError: modules without parts whose class has no twin; all of them are named.
+        UnknownModuleError: modules without parts whose class has no twin, unless
+            ``quantize_unknown``; all of them are named.
     """
-    twins: dict[str, nn.Module] = {}
+    twins = Twins({}, {})
     inside: set[int] = set()
     unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]] = {}
     for path, module in model.named_modules():
         if id(module) in inside or isinstance(module, (*_CONTAINERS, torch.jit.ScriptModule)):
             continue
+        is_leaf = next(module.children(), None) is None and _runs(module)
         try:
             twin = QuantizationMixin.from_module(module)
         except UnknownModuleError as error:
-            is_leaf = next(module.children(), None) is None
-            runs = type(module).forward is not nn.Module.forward
-            if is_leaf and runs and not isinstance(module, nn.Identity):
+            if not is_leaf or isinstance(module, nn.Identity):
+                continue
+            if not quantize_unknown:
                 unknown.setdefault(type(module), (path, error))
-            continue
+                continue
+            twin = generic_twin(module)
         if twin is not module:
-            twins[path] = twin
+            twins.of[path] = twin
             inside.update(id(part) for part in module.modules())
+        elif is_leaf or type(module) in QuantizationMixin._ignored_module_types:
+            twins.ignored[path] = module
     if unknown:
         raise _UnknownModules(unknown)
     return twins
+
+
+def _runs(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 class _UnknownModules(UnknownModuleError):
@@ -110,6 +132,8 @@ class _UnknownModules(UnknownModuleError):
 def describe_twin(twin: nn.Module) -> Twin:
     """What the graph needs to know about a twin."""
     assert isinstance(twin, BaseQuantizationMixin)
+    if is_generic(twin):
+        return Twin(1, 1, True, dynamic=True)
     return Twin(
         len(twin.input_quantizers), len(twin.output_quantizers), takes_any_number(type(twin))
     )
@@ -160,36 +184,110 @@ def make_quantizer(spec: dict[str, Any], scheme: QuantScheme) -> QuantizerBase:
     return quantizer
 
 
-def apply_plan(
-    model: nn.Module, twins: dict[str, nn.Module], plan: dict[str, Any], scheme: QuantScheme
-) -> None:
-    """Gives the twins their quantizers. The model itself is not touched."""
-    default = next(
-        (
-            tensor.device
-            for tensor in (*model.parameters(), *model.buffers())
-            if tensor.device.type != "cpu"
-        ),
-        torch.device("cpu"),
-    )
-    made: dict[int, QuantizerBase] = {}
+class QuantizerMaker:
+    """Makes the quantizers of a plan, each once and on the device where it will be used."""
 
-    def quantizer(number: int | None, device: torch.device) -> QuantizerBase | None:
+    def __init__(self, model: nn.Module, plan: dict[str, Any], scheme: QuantScheme) -> None:
+        self._plan = plan
+        self._scheme = scheme
+        self._made: dict[int, QuantizerBase] = {}
+        # Of modules without parameters: the first device that is not the CPU.
+        self.device = next(
+            (
+                tensor.device
+                for tensor in (*model.parameters(), *model.buffers())
+                if tensor.device.type != "cpu"
+            ),
+            torch.device("cpu"),
+        )
+
+    def quantizer(self, number: int | None, device: torch.device) -> QuantizerBase | None:
+        """The quantizer of this number in the plan."""
         if number is None:
             return None
-        if number not in made:
-            made[number] = make_quantizer(plan["quantizers"][number], scheme).to(device)
-        return made[number]
+        if number not in self._made:
+            spec = self._plan["quantizers"][number]
+            self._made[number] = make_quantizer(spec, self._scheme).to(device)
+        return self._made[number]
 
+    def fill(self, module: Any, entry: dict[str, Any], device: torch.device) -> None:
+        """Gives a quantized module the quantizers of its entry."""
+        for kind in ("inputs", "outputs"):
+            quantizers = [self.quantizer(number, device) for number in entry[kind]]
+            slots = nn.ModuleList(quantizers)  # type: ignore[arg-type]
+            setattr(module, f"{kind[:-1]}_quantizers", slots)
+        for name, number in entry.get("params", ()):
+            module.param_quantizers[name] = self.quantizer(number, device)
+        module.supported_kernels = entry["supported_kernels"]
+
+
+def apply_plan(twins: dict[str, nn.Module], plan: dict[str, Any], maker: QuantizerMaker) -> None:
+    """Gives the twins their quantizers. The model itself is not touched."""
     for entry in plan["modules"]:
-        twin: Any = twins[entry["path"]]
+        twin: Any = twins.get(entry["path"])
+        if twin is None:
+            continue
         own = next((*twin.parameters(recurse=False), *twin.buffers(recurse=False)).__iter__(), None)
-        device = default if own is None else own.device
-        twin.input_quantizers = nn.ModuleList(quantizer(n, device) for n in entry["inputs"])  # type: ignore[misc]
-        twin.output_quantizers = nn.ModuleList(quantizer(n, device) for n in entry["outputs"])  # type: ignore[misc]
-        for name, number in entry["params"]:
-            twin.param_quantizers[name] = quantizer(number, device)
-        twin.supported_kernels = entry["supported_kernels"]
+        maker.fill(twin, entry, maker.device if own is None else own.device)
+
+
+def make_functional(
+    recording: Recording,
+    twins: Twins,
+    plan: dict[str, Any],
+    maker: QuantizerMaker,
+) -> list[str]:
+    """Makes scopes of the modules in whose forward functional operations have quantizers.
+
+    All other modules whose forward calls torch functions are made known, too, so that a call is
+    never taken for that of another module.
+
+    Returns:
+        Paths of the operations that have quantizers.
+    """
+    calls: dict[str, dict[str, list[str | None]]] = {}
+    for scope, function, number in plan["calls"]:
+        calls.setdefault(scope, {})[function] = [None] * number
+    ops: dict[str, dict[str, FunctionalOp]] = {}
+    for entry in plan["functions"]:
+        if all(number is None for number in (*entry["inputs"], *entry["outputs"])):
+            continue
+        if entry["scope"] in twins.ignored:
+            continue
+        op = FunctionalOp(entry["function"], entry["in_place"])
+        maker.fill(op, entry, maker.device)
+        if all(number is None for number in entry["inputs"]):
+            op.input_quantizers = nn.ModuleList()
+        name = f"{entry['function']}_{entry['turn']}"
+        ops.setdefault(entry["scope"], {})[name] = op
+        calls[entry["scope"]][entry["function"]][entry["turn"]] = name
+    if not ops:
+        return []
+    for path, module in recording.scopes.items():
+        own = {function: tuple(names) for function, names in calls.get(path, {}).items()}
+        if _runs(module) and (own or type(module) not in _CONTAINERS):
+            make_scope(module, path, own, ops.get(path, {}))
+    for path, module in recording.modules.items():
+        if path in twins.of or isinstance(module, torch.jit.ScriptModule):
+            continue
+        if _runs(module):
+            make_opaque(module)
+    return [
+        f"{path}{'.' if path else ''}{recording.scopes[path]._functional_name}.{name}"
+        for path, named in ops.items()
+        for name in named
+    ]
+
+
+def reused_without_parameters(
+    recording: Recording, twins: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Modules with a twin but no parameters that ran several times, by path."""
+    return {
+        module["path"]: recording.modules[module["path"]]
+        for module in recording.graph.modules()
+        if module["path"] in twins and len(module["calls"]) > 1 and not module["params"]
+    }
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
@@ -205,12 +303,17 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
     return model
 
 
-def bypassed(recording: Recording, twins: dict[str, nn.Module]) -> list[str]:
+def bypassed(recording: Recording, twins: dict[str, nn.Module], plan: dict[str, Any]) -> list[str]:
     """Paths of modules that did not run while a function outside of them used their parameters.
 
     Quantizers of such modules have nothing to quantize: the function takes the parameters as they
-    are.
+    are, unless it has a quantizer for its weight itself.
     """
+    with_weight = {
+        (entry["scope"], entry["function"], entry["turn"])
+        for entry in plan.get("functions", ())
+        if entry["quantizes_weight"]
+    }
     idle = {
         module["path"]
         for module in recording.graph.modules()
@@ -218,12 +321,20 @@ def bypassed(recording: Recording, twins: dict[str, nn.Module]) -> list[str]:
     }
     if not idle:
         return []
+    nodes = recording.graph.nodes()
     used = {
         tensor["name"].rpartition(".")[0]
         for tensor in recording.graph.tensors()
-        if tensor["kind"] == "parameter" and tensor["consumers"]
+        if tensor["kind"] == "parameter"
+        for consumer in tensor["consumers"]
+        if _place(nodes[consumer]) not in with_weight
     }
     return sorted(idle & used)
+
+
+def _place(node: dict[str, Any]) -> tuple[str, str | None, int]:
+    """Where a functional node stands, as a plan names it."""
+    return node["scope"], node["function"], node["turn"]
 
 
 def forbid_fast_paths(model: nn.Module) -> None:

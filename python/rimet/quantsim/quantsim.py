@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,8 +23,11 @@ from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
+from rimet.nn.functional_ops import restore
+from rimet.nn.generic import is_generic
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
+from rimet.quantsim.report import SimulationReport
 
 if TYPE_CHECKING:
     from rimet.meta.connectedgraph import ConnectedGraph
@@ -155,9 +158,17 @@ class QuantizationSimModel:
         config_file: path of a quantsim configuration, or an alias (``"default"``, ``"htp_v73"``,
             ...).
         default_data_type: integer or floating-point grids; floating point needs 16 or 32 bits.
+        quantize_functional_ops: whether torch functions that the model's own forward methods call
+            (``F.relu(x)``, ``x + y``, ``torch.cat``) have quantizers where the configuration asks
+            for them, as modules have. They are children ``functional`` of the modules that call
+            them. Without, as in AIMET, the next module quantizes its input instead where it can.
+        quantize_unknown_modules: whether modules without parts whose class has no quantized twin
+            are quantized by the rules that hold for all modules. Without, as in AIMET, they are an
+            error.
 
     Attributes:
         model: the simulation.
+        report: what has quantizers, and what is left in floating point and why.
         quant_args: the global settings, as encodings files state them.
 
     Raises:
@@ -165,7 +176,8 @@ class QuantizationSimModel:
         FileNotFoundError: ``config_file`` is neither a file nor an alias.
         NotImplementedError: ``training_range_learning`` alone, or a configuration that asks for
             what has no meaning.
-        UnknownModuleError: modules without a quantized twin; all are named, with the remedy.
+        UnknownModuleError: modules without a quantized twin, unless ``quantize_unknown_modules``;
+            all are named, with the remedy.
         RuntimeError: no tensors in ``dummy_input``; the model holds quantizers already, or fails on
             ``dummy_input``.
 
@@ -184,6 +196,9 @@ class QuantizationSimModel:
         in_place: bool = False,
         config_file: str | None = None,
         default_data_type: QuantizationDataType = QuantizationDataType.int,
+        *,
+        quantize_functional_ops: bool = True,
+        quantize_unknown_modules: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -205,31 +220,41 @@ class QuantizationSimModel:
 
         if not in_place:
             model = copy.deepcopy(model)
-        twins = _placing.make_twins(model)
-        recording = self._record(model, args, kwargs, twins)
-        plan = recording.graph.place(config, default_output_bw, default_param_bw, is_float)
-        _placing.apply_plan(model, twins, plan, scheme)
+        twins = _placing.make_twins(model, quantize_unknown_modules)
+        if quantize_functional_ops and is_generic(twins.of.get("", model)):
+            del twins.of[""]  # a model is more than one operation, even if it has no parts
+        recording = self._record(model, args, kwargs, twins, quantize_functional_ops)
+        if quantize_functional_ops:
+            # One module in several places would have one range for different tensors: its calls
+            # are taken for those of the functions that it calls, which have quantizers of their own.
+            reused = _placing.reused_without_parameters(recording, twins.of)
+            if reused:
+                for path in reused:
+                    del twins.of[path]
+                recording = self._record(model, args, kwargs, twins, True, reused.values())
+        for path in recording.hands_on:
+            if path in twins.of and is_generic(twins.of[path]):
+                del twins.of[path]
+        plan = recording.graph.place(
+            config, default_output_bw, default_param_bw, is_float, quantize_functional_ops
+        )
+        maker = _placing.QuantizerMaker(model, plan, scheme)
+        _placing.apply_plan(twins.of, plan, maker)
         # Nothing fails from here on, so that an error leaves the model as it was.
-        replacements = {id(recording.modules[path]): twin for path, twin in twins.items()}
+        functional_ops: list[str] = []
+        if quantize_functional_ops:
+            functional_ops = _placing.make_functional(recording, twins, plan, maker)
+        replacements = {id(recording.modules[path]): twin for path, twin in twins.of.items()}
         self.model = _placing.replace_modules(model, replacements)
         _placing.forbid_fast_paths(self.model)
         for path, quantizer in self.named_quantizers():
             quantizer._where = path
-        for path in _placing.bypassed(recording, twins):
-            logger.warning(
-                "%s did not run itself: something else computed with its parameters, so they "
-                "are not quantized",
-                path,
-            )
-        for reused in plan["reused"]:
-            logger.warning(
-                "%s runs more than once and holds no parameters: it gets no quantizers, since one "
-                "range would serve different tensors",
-                reused,
-            )
+        self.report = SimulationReport._of(self, recording, twins, plan, functional_ops)
+        for line in self.report.warnings():
+            logger.warning(line)
 
         # The unquantized modules have served their purpose.
-        self._recording = dataclasses.replace(recording, modules={})
+        self._recording = dataclasses.replace(recording, modules={}, scopes={})
         self._connected_graph: ConnectedGraph | None = None
         self._quant_scheme = scheme
         self._default_output_bw = default_output_bw
@@ -250,11 +275,25 @@ class QuantizationSimModel:
 
     @staticmethod
     def _record(
-        model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], twins: dict[str, nn.Module]
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        twins: _placing.Twins,
+        look_at_values: bool,
+        transparent: Collection[nn.Module] = (),
     ) -> Recording:
-        described = {path: _placing.describe_twin(twin) for path, twin in twins.items()}
+        described = {path: _placing.describe_twin(twin) for path, twin in twins.of.items()}
+        leaves = [m for m in twins.ignored.values() if next(m.children(), None) is None]
         try:
-            return record(model, args, kwargs, twin_of=lambda path, module: described.get(path))
+            return record(
+                model,
+                args,
+                kwargs,
+                twin_of=lambda path, module: described.get(path),
+                nodes=leaves,
+                transparent=transparent,
+                look_at_values=look_at_values,
+            )
         except Exception as error:
             raise RuntimeError(
                 f"{type(model).__name__} failed on dummy_input, so its graph could not be "
@@ -604,6 +643,7 @@ class QuantizationSimModel:
             An ordinary model of the classes that the simulation was made from.
         """
         model = copy.deepcopy(model)
+        restore(model)
         replacements = {}
         for module in model.modules():
             if not isinstance(module, BaseQuantizationMixin):

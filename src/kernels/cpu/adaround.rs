@@ -8,11 +8,11 @@
 //! ```
 
 use super::affine::Encodings;
-use super::element::{load, store, Compute, Element, LANES};
+use super::element::{load_lanes, store_lanes, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
 use super::math::Transcendental;
-use super::parallel::{for_each_range, GRAIN};
-use super::reduce::{fill_groups, Shared, TILE};
+use super::parallel::{for_each_range, Shared, GRAIN};
+use super::reduce::{fill_groups, TILE};
 use super::walk::Pieces;
 use crate::encoding::{AffineGrid, BlockGeometry};
 
@@ -174,8 +174,8 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Forward<T, C> {
     unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES], offset: &[C; LANES]) {
         // SAFETY: by the contract.
         unsafe {
-            let x = load::<S, T, C>(self.input.add(at), n);
-            let a = load::<S, T, C>(self.alpha.add(at), n);
+            let x = load_lanes::<S, T, C>(self.input.add(at), n);
+            let a = load_lanes::<S, T, C>(self.alpha.add(at), n);
             let mut y = [C::ZERO; LANES];
             for j in 0..LANES {
                 let hard = C::from_f64(if a[j] >= C::ZERO { 1.0 } else { 0.0 });
@@ -187,7 +187,7 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Forward<T, C> {
                 let q = level::<S, C>(x[j], h, scale[j], offset[j]);
                 y[j] = dequantized(q, scale[j], offset[j], &self.ends);
             }
-            store::<S, T, C>(self.output.add(at), n, &y);
+            store_lanes::<S, T, C>(self.output.add(at), n, &y);
         }
     }
 }
@@ -248,16 +248,16 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Backward<T, C> {
     unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES], offset: &[C; LANES]) {
         // SAFETY: by the contract.
         unsafe {
-            let g = load::<S, T, C>(self.grad.add(at), n);
-            let x = load::<S, T, C>(self.input.add(at), n);
-            let a = load::<S, T, C>(self.alpha.add(at), n);
+            let g = load_lanes::<S, T, C>(self.grad.add(at), n);
+            let x = load_lanes::<S, T, C>(self.input.add(at), n);
+            let a = load_lanes::<S, T, C>(self.alpha.add(at), n);
             let mut y = [C::ZERO; LANES];
             for j in 0..LANES {
                 let (h, slope) = rectified_sigmoid::<S, C>(a[j]);
                 let q = level::<S, C>(x[j], h, scale[j], offset[j]);
                 y[j] = gradient(g[j], q, slope, scale[j], &self.ends);
             }
-            store::<S, T, C>(self.grad_alpha.add(at), n, &y);
+            store_lanes::<S, T, C>(self.grad_alpha.add(at), n, &y);
         }
     }
 }
@@ -308,7 +308,7 @@ impl<T: Element<C>, C: Transcendental> Body for RegularizerSum<T, C> {
         for at in (0..self.len).step_by(LANES) {
             let n = LANES.min(self.len - at);
             // SAFETY: `n` elements from `at` are inside the chunk.
-            let a = unsafe { load::<S, T, C>(self.alpha.add(at), n) };
+            let a = unsafe { load_lanes::<S, T, C>(self.alpha.add(at), n) };
             for j in 0..n {
                 let (h, _) = rectified_sigmoid::<S, C>(a[j]);
                 let (power, _) = signed_power::<S, C>(h, self.beta);
@@ -372,13 +372,13 @@ impl<T: Element<C>, C: Transcendental> Body for RegularizerBackward<T, C> {
             let n = LANES.min(self.len - at);
             // SAFETY: `n` elements from `at` are inside the stretch.
             unsafe {
-                let a = load::<S, T, C>(self.alpha.add(at), n);
+                let a = load_lanes::<S, T, C>(self.alpha.add(at), n);
                 let mut y = [C::ZERO; LANES];
                 for j in 0..LANES {
                     let (h, slope) = rectified_sigmoid::<S, C>(a[j]);
                     y[j] = self.grad * regularizer_slope::<S, C>(h, slope, self.beta);
                 }
-                store::<S, T, C>(self.grad_alpha.add(at), n, &y);
+                store_lanes::<S, T, C>(self.grad_alpha.add(at), n, &y);
             }
         }
     }
@@ -468,11 +468,11 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Step<T, C> {
         let epsilon = C::from_f64(EPSILON);
         // SAFETY: by the contract.
         unsafe {
-            let mut a = load::<S, T, C>(t.alpha.add(at), n);
-            let mut mean = load::<S, T, C>(t.exp_avg.add(at), n);
-            let mut square = load::<S, T, C>(t.exp_avg_sq.add(at), n);
-            let g = load::<S, T, C>(t.grad.add(at), n);
-            let x = load::<S, T, C>(t.input.add(at), n);
+            let mut a = load_lanes::<S, T, C>(t.alpha.add(at), n);
+            let mut mean = load_lanes::<S, T, C>(t.exp_avg.add(at), n);
+            let mut square = load_lanes::<S, T, C>(t.exp_avg_sq.add(at), n);
+            let g = load_lanes::<S, T, C>(t.grad.add(at), n);
+            let x = load_lanes::<S, T, C>(t.input.add(at), n);
             let mut base = [C::ZERO; LANES];
             let mut y = [C::ZERO; LANES];
             let (mut h, mut slope) = ([C::ZERO; LANES], [C::ZERO; LANES]);
@@ -497,10 +497,10 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Step<T, C> {
                 let (h, _) = rectified_sigmoid::<S, C>(a[j]);
                 y[j] = dequantized((base[j] + h) - offset[j], scale[j], offset[j], &self.ends);
             }
-            store::<S, T, C>(t.alpha.add(at), n, &a);
-            store::<S, T, C>(t.exp_avg.add(at), n, &mean);
-            store::<S, T, C>(t.exp_avg_sq.add(at), n, &square);
-            store::<S, T, C>(t.output.add(at), n, &y);
+            store_lanes::<S, T, C>(t.alpha.add(at), n, &a);
+            store_lanes::<S, T, C>(t.exp_avg.add(at), n, &mean);
+            store_lanes::<S, T, C>(t.exp_avg_sq.add(at), n, &square);
+            store_lanes::<S, T, C>(t.output.add(at), n, &y);
         }
     }
 }

@@ -12,6 +12,7 @@ mod parallel;
 mod range;
 mod reduce;
 pub mod seq_mse;
+mod vector;
 mod walk;
 
 pub use element::{Compute, Element};

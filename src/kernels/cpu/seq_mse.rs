@@ -1,9 +1,8 @@
 //! Reconstruction errors of Sequential MSE: sums along rows, read once, float32 terms in float64 sums.
 
-use super::element::{load, Compute, Element, LANES};
+use super::element::{load_lanes, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
-use super::parallel::for_each_range;
-use super::reduce::Shared;
+use super::parallel::{for_each_range, Shared};
 
 /// What is summed along a row, of `a` and `b`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,11 +44,11 @@ impl<T> Sum<T> {
                 // SAFETY: `n` elements from `at` are inside the row. Lanes beyond `n` are zero, and so
                 // are their terms.
                 unsafe {
-                    let a = load::<S, T, C>(self.a.add(at), n);
+                    let a = load_lanes::<S, T, C>(self.a.add(at), n);
                     let b = if self.b.is_null() {
                         [C::ZERO; LANES]
                     } else {
-                        load::<S, T, C>(self.b.add(at), n)
+                        load_lanes::<S, T, C>(self.b.add(at), n)
                     };
                     for j in 0..LANES {
                         sums[j] = sums[j] + term(a[j], b[j]);

@@ -67,7 +67,12 @@ def test_placement_and_encodings_equal_aimets(name: str, config: str) -> None:
     model, inputs = build(name, custom)
     dummy = inputs if len(inputs) > 1 else inputs[0]
     sim = QuantizationSimModel(
-        model, dummy, config_file=path, default_output_bw=output_bw, default_param_bw=param_bw
+        model,
+        dummy,
+        config_file=path,
+        default_output_bw=output_bw,
+        default_param_bw=param_bw,
+        quantize_functional_ops=False,
     )
     sim.compute_encodings(lambda m: m(*inputs))
     got = describe(sim.model, lambda m: isinstance(m, BaseQuantizationMixin))

@@ -406,8 +406,24 @@ class UsesAnothersWeight(nn.Module):
 
 def test_modules_that_others_compute_for_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="rimet"):
-        QuantizationSimModel(UsesAnothersWeight(), torch.tensor([1, 2]))
-    assert [r.args for r in caplog.records if "did not run itself" in r.msg] == [("head",)]
+        sim = QuantizationSimModel(
+            UsesAnothersWeight(), torch.tensor([1, 2]), quantize_functional_ops=False
+        )
+    assert sim.report.bypassed == ["head"]
+    assert [r.msg for r in caplog.records if "head did not run itself" in r.msg]
+
+
+def test_the_weight_of_a_functional_layer_is_quantized() -> None:
+    model, tokens = UsesAnothersWeight(), torch.tensor([1, 2])
+    sim = QuantizationSimModel(model, tokens, default_param_bw=4)
+    assert sim.report.bypassed == []
+    quantizer = sim.model.functional.linear_0.input_quantizers[1]
+    assert quantizer.bitwidth == 4 and quantizer.shape == (5, 1) and quantizer.symmetric
+    sim.compute_encodings(lambda m: m(tokens))
+    with torch.no_grad():
+        hidden, weight = sim.model.embed(tokens), quantizer(sim.model.head.weight)
+        output = sim.model.functional.linear_0.output_quantizers[0](hidden @ weight.T)
+        assert torch.equal(sim.model(tokens), output)
 
 
 # Files
@@ -666,7 +682,9 @@ class Cube(nn.Module):
 def test_unknown_modules_are_named_together() -> None:
     model = nn.Sequential(nn.Linear(2, 2), Square(), nn.Identity(), Cube())
     with pytest.raises(UnknownModuleError) as caught:
-        QuantizationSimModel(model, torch.randn(1, 2), in_place=True)
+        QuantizationSimModel(
+            model, torch.randn(1, 2), in_place=True, quantize_unknown_modules=False
+        )
     for part in ("Square", "at 1", "Cube", "at 3", "implements", "ignore"):
         assert part in str(caught.value)
     assert type(model[0]) is nn.Linear
