@@ -503,6 +503,8 @@ class StreamingWalk:
                     raise ValueError(
                         f"paths: expected paths of modules, got {path!r}, which is none"
                     ) from None
+                if isinstance(modules[path], torch.jit.ScriptModule):
+                    raise ValueError(f"paths: expected layers, got {path!r}, a compiled module")
             chosen = {id(module): path for path, module in modules.items()}
             for path, module in modules.items():
                 inner = (chosen.get(id(part)) for part in module.modules() if part is not module)

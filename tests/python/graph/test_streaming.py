@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from rimet._graph.program import bits_equal
 from rimet._graph.streaming import StreamingWalk
+from rimet.quantsim import QuantizationSimModel
 from torch import nn
 
-from graph.architectures import ARCHITECTURES, Architecture
+from graph.architectures import ARCHITECTURES, Architecture, bert, swin
 
 
 def calls_of(model: nn.Module, path: str, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +67,31 @@ def test_architectures_stream_side_by_side(make: Callable[[], Architecture]) -> 
     # Torchvision's Swin computes with the weights of its attention layers, and does not call them.
     assert all(".attn." in path for path in walk.report.not_run)
     assert walk.report.spilled_bytes > 0
+
+
+@pytest.mark.parametrize("make", [bert, swin], ids=lambda make: make.__name__)
+def test_simulations_stream(make: Callable[[], Architecture]) -> None:
+    """Quantizers of modules and of functional operations run in the replay as in the simulation."""
+    torch.manual_seed(0)
+    model, batch = make()
+    batches = [batch(3), batch(2)]
+    sim = QuantizationSimModel(model, batch(1))
+
+    def run(quant: nn.Module) -> None:
+        for each in batches:
+            quant(**each) if isinstance(each, dict) else quant(each)
+
+    with torch.no_grad():
+        sim.compute_encodings(run)
+    walk = StreamingWalk(model, sim.model, batches)
+    for number, visit in enumerate(walk.visit(layers(model))):
+        if number % 5 == 4:
+            for i, each in enumerate(batches):
+                expected = calls_of(sim.model, visit.path, each)[0]
+                assert bits_equal(visit.quant_inputs[i], expected)
+        with torch.no_grad():
+            visit.quant_module.weight.mul_(0.97)
+    assert walk.report.streamed == {"float": True, "quant": True}
 
 
 class Net(nn.Module):
@@ -196,6 +222,9 @@ def test_wrong_arguments_are_named() -> None:
         StreamingWalk(None, None, data)
     with pytest.raises(ValueError, match="'nothing'"):
         list(StreamingWalk(model, None, data).visit(["nothing"]))
+    compiled = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="compiled"):
+        list(StreamingWalk(compiled, None, [torch.randn(2, 2)]).visit(["0"]))
     with pytest.raises(ValueError, match="holds '0'"):
         list(StreamingWalk(nn.Sequential(Net()), None, data).visit(["0", ""]))
     with pytest.raises(ValueError, match="batches"):
