@@ -111,12 +111,15 @@ impl<C: Compute, L: Lanes<C>> Body for Walk<'_, C, L> {
         let inner = self.geometry.dims().last().copied().unwrap_or_default();
         if self.geometry.is_uniform() || (inner.group_stride == 0 && inner.size >= LANES) {
             for p in Pieces::new(self.geometry, self.begin, self.end) {
-                let (s, o) = ([scale[p.group]; LANES], [offset[p.group]; LANES]);
-                for i in (0..p.len).step_by(LANES) {
-                    // SAFETY: pieces lie inside `begin..end`, which is this call's alone.
-                    unsafe {
-                        self.lanes
-                            .lanes::<S>(p.start + i, LANES.min(p.len - i), &s, &o);
+                for r in 0..p.count {
+                    let (start, group) = (p.start + r * p.len, p.group + r * p.group_step);
+                    let (s, o) = ([scale[group]; LANES], [offset[group]; LANES]);
+                    for i in (0..p.len).step_by(LANES) {
+                        // SAFETY: pieces lie inside `begin..end`, which is this call's alone.
+                        unsafe {
+                            self.lanes
+                                .lanes::<S>(start + i, LANES.min(p.len - i), &s, &o);
+                        }
                     }
                 }
             }
