@@ -117,9 +117,10 @@ class _Recorder:
         self.values[id(tensor)] = (reference, value)
         key = _storage_key(tensor)
         if key and not (known is not None and known[0]() is tensor):
-            group = [r for r in self.sharing.get(key, ()) if r() is not None]
+            group = self.sharing.setdefault(key, [])
+            if len(group).bit_count() == 1:  # only now and then: there may be thousands of views
+                group[:] = [r for r in group if r() is not None]
             group.append(reference)
-            self.sharing[key] = group
 
     def lookup(self, tensor: torch.Tensor) -> int:
         known = self.values.get(id(tensor))

@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rimet._graph.replay import (
-    Reason,
-    Replay,
-    ReplayError,
-    bits_equal,
-    record_program,
-    signature_of,
-    verify,
-)
+from rimet._graph.program import Reason, ReplayError, bits_equal, signature_of
+from rimet._graph.program_recorder import record_program
+from rimet._graph.replay import Replay, verify
 from rimet._graph.structure import flatten
 from torch import nn
 
