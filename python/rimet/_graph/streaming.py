@@ -198,6 +198,7 @@ class _Streamed(_Side):
             step = execution.program.steps[execution.next_step]
             is_in_place = not set(step.inputs).isdisjoint(step.outputs)
             arguments = execution.arguments(execution.next_step)
+            values.settle()
             inputs = LiveTensors(store)
             for position, (value, tensor) in enumerate(
                 zip(step.inputs, flatten(arguments)[0], strict=True)

@@ -247,6 +247,25 @@ def test_an_abandoned_walk_leaves_the_model_as_it_was() -> None:
     assert walk._store.usage()["mapped"] == 0
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_activations_on_a_device(budget: int) -> None:
+    torch.manual_seed(0)
+    model = Net().eval().cuda()
+    quant = copy.deepcopy(model)
+    batches = [torch.randn(16, 2, 32, 32) for _ in range(3)]
+    walk = StreamingWalk(model, quant, batches, memory_budget=budget)
+    for visit in walk.visit(PATHS):
+        for i, batch in enumerate(batches):
+            x, y = calls_of(model, visit.path, batch.cuda())
+            assert bits_equal(visit.float_inputs[i], x) and bits_equal(visit.float_outputs[i], y)
+            assert bits_equal(visit.quant_inputs[i], calls_of(quant, visit.path, batch.cuda())[0])
+        with torch.no_grad():
+            visit.quant_module.weight.mul_(1.05)
+    assert walk.report.streamed == {"float": True, "quant": True}
+    assert (walk.report.spilled_bytes > 0) == (budget == 0)
+
+
 # Memory and scratch files, in processes of their own
 
 PROGRAM = Path(__file__).with_name("memory_of_a_walk.py")
