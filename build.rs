@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     "schemas.cpp",
+    "adaround.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
@@ -13,6 +14,7 @@ const SOURCES: [&str; 9] = [
     "grouped_block.cpp",
     "min_max.cpp",
     "rust_api.cpp",
+    "seq_mse.cpp",
 ];
 
 fn main() {

@@ -117,6 +117,8 @@ macro_rules! for_types {
 }
 use for_types;
 
+mod ptq;
+
 /// # Safety
 /// `p` points to `n` integers, or `n` is 0.
 unsafe fn integers<'a>(p: *const i64, n: i64) -> &'a [i64] {

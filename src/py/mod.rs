@@ -5,6 +5,7 @@
 use pyo3::prelude::*;
 
 mod activation_store;
+mod adaround;
 mod backend;
 mod batch_norm_fold;
 mod bias_correction;
@@ -14,13 +15,16 @@ mod encoding;
 mod error;
 mod export;
 mod graph;
+mod linear_map;
 mod program;
+mod seq_mse;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    adaround::register(module)?;
     activation_store::register(module)?;
     backend::register(module)?;
     batch_norm_fold::register(module)?;
@@ -30,6 +34,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     encoding::register(module)?;
     export::register(module)?;
     graph::register(module)?;
+    linear_map::register(module)?;
+    seq_mse::register(module)?;
     program::register(module)?;
     Ok(())
 }

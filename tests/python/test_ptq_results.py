@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rimet._graph.streaming import StreamingWalk
 from rimet.ptq_results import (
     FingerprintMismatchError,
     LayerwiseRun,
@@ -115,3 +117,38 @@ def test_layer_seeds_differ_by_layer_and_seed() -> None:
     seeds = {layer_seed(seed, path) for seed in (0, 1) for path in ("a", "b")}
     assert len(seeds) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_walk_that_is_stopped_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    original = copy.deepcopy(model.state_dict())
+    batches = [torch.randn(5, 6), torch.randn(3, 6)]
+
+    def treat(folder: Path | None, stop_at: str | None = None) -> nn.Module:
+        """Adds noise to each layer that depends on what the layers so far treated give it."""
+        quant = copy.deepcopy(model)
+        walk = StreamingWalk(model, quant, batches)
+        run = LayerwiseRun("Noise", folder, fingerprint(model, {}, 7, data_hash(walk.batches)))
+        for visit in walk.visit(["0", "1", "2", "3"]):
+            with run.layer(visit.path) as layer:
+                if visit.path == stop_at:
+                    raise KeyboardInterrupt
+                if layer.stored is None:
+                    generator = torch.Generator().manual_seed(layer_seed(7, visit.path))
+                    noise = torch.randn(6, 6, generator=generator)
+                    weight = (
+                        visit.quant_module.weight.detach() + noise * visit.quant_inputs[1].std()
+                    )
+                    layer.done({"weight": weight})
+                else:
+                    weight = layer.stored["weight"]
+                visit.quant_module.weight = nn.Parameter(weight)
+        return quant
+
+    expected = treat(None).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        treat(tmp_path, stop_at="2")
+    resumed = treat(tmp_path).state_dict()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())

@@ -318,9 +318,13 @@ class Execution:
             owner = self.model.get_submodule(path)
         except AttributeError:
             raise ReplayError(Reason.STATE, name) from None
-        tensor: torch.Tensor | None = owner._parameters.get(attribute)
-        if tensor is None:
-            tensor = owner._buffers.get(attribute)
+        tensor: torch.Tensor | None
+        if isinstance(owner, torch.jit.ScriptModule):  # its tables are none of Python's
+            tensor = getattr(owner, attribute, None)
+        else:
+            tensor = owner._parameters.get(attribute)
+            if tensor is None:
+                tensor = owner._buffers.get(attribute)
         if tensor is None:
             raise ReplayError(Reason.STATE, name)
         return tensor

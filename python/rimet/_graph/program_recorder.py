@@ -316,6 +316,8 @@ def leaf_paths(model: nn.Module, wanted: Iterable[str] = ()) -> dict[str, nn.Mod
         parts = [id(part) for part in module.modules() if part is not module]
         if not chosen.isdisjoint(parts):
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks; what it computes is recorded operator by operator
         is_leaf = isinstance(module, BaseQuantizationMixin | QuantizerBase) or is_atomic(module)
         if id(module) in chosen or is_leaf:
             leaves[path] = module
@@ -371,8 +373,11 @@ def record_program(
 
     def watch_scope(path: str, module: nn.Module) -> None:
         handles.append(module.register_forward_pre_hook(lambda *_: recorder.scopes.append(path)))
+        # Models may catch what a part of them raises.
         handles.append(
-            module.register_forward_hook(lambda *_: operator.delitem(recorder.scopes, -1))
+            module.register_forward_hook(
+                lambda *_: operator.delitem(recorder.scopes, -1), always_call=True
+            )
         )
 
     try:
@@ -381,7 +386,7 @@ def record_program(
         for path, module in model.named_modules():
             if path in leaves:
                 watch_leaf(path, module)
-            elif id(module) not in inside:
+            elif id(module) not in inside and not isinstance(module, torch.jit.ScriptModule):
                 watch_scope(path, module)
         with own_run(model), _LeavingValues(recorder), _Operators(recorder):
             result = forward_fn(model, batch)

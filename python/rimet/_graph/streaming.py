@@ -198,6 +198,7 @@ class _Streamed(_Side):
             step = execution.program.steps[execution.next_step]
             is_in_place = not set(step.inputs).isdisjoint(step.outputs)
             arguments = execution.arguments(execution.next_step)
+            values.settle()
             inputs = LiveTensors(store)
             for position, (value, tensor) in enumerate(
                 zip(step.inputs, flatten(arguments)[0], strict=True)
@@ -503,6 +504,8 @@ class StreamingWalk:
                     raise ValueError(
                         f"paths: expected paths of modules, got {path!r}, which is none"
                     ) from None
+                if isinstance(modules[path], torch.jit.ScriptModule):
+                    raise ValueError(f"paths: expected layers, got {path!r}, a compiled module")
             chosen = {id(module): path for path, module in modules.items()}
             for path, module in modules.items():
                 inner = (chosen.get(id(part)) for part in module.modules() if part is not module)

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from rimet._graph.program import bits_equal
 from rimet._graph.streaming import StreamingWalk
+from rimet.quantsim import QuantizationSimModel
 from torch import nn
 
-from graph.architectures import ARCHITECTURES, Architecture
+from graph.architectures import ARCHITECTURES, Architecture, bert, swin
 
 
 def calls_of(model: nn.Module, path: str, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +67,31 @@ def test_architectures_stream_side_by_side(make: Callable[[], Architecture]) -> 
     # Torchvision's Swin computes with the weights of its attention layers, and does not call them.
     assert all(".attn." in path for path in walk.report.not_run)
     assert walk.report.spilled_bytes > 0
+
+
+@pytest.mark.parametrize("make", [bert, swin], ids=lambda make: make.__name__)
+def test_simulations_stream(make: Callable[[], Architecture]) -> None:
+    """Quantizers of modules and of functional operations run in the replay as in the simulation."""
+    torch.manual_seed(0)
+    model, batch = make()
+    batches = [batch(3), batch(2)]
+    sim = QuantizationSimModel(model, batch(1))
+
+    def run(quant: nn.Module) -> None:
+        for each in batches:
+            quant(**each) if isinstance(each, dict) else quant(each)
+
+    with torch.no_grad():
+        sim.compute_encodings(run)
+    walk = StreamingWalk(model, sim.model, batches)
+    for number, visit in enumerate(walk.visit(layers(model))):
+        if number % 5 == 4:
+            for i, each in enumerate(batches):
+                expected = calls_of(sim.model, visit.path, each)[0]
+                assert bits_equal(visit.quant_inputs[i], expected)
+        with torch.no_grad():
+            visit.quant_module.weight.mul_(0.97)
+    assert walk.report.streamed == {"float": True, "quant": True}
 
 
 class Net(nn.Module):
@@ -196,6 +222,9 @@ def test_wrong_arguments_are_named() -> None:
         StreamingWalk(None, None, data)
     with pytest.raises(ValueError, match="'nothing'"):
         list(StreamingWalk(model, None, data).visit(["nothing"]))
+    compiled = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="compiled"):
+        list(StreamingWalk(compiled, None, [torch.randn(2, 2)]).visit(["0"]))
     with pytest.raises(ValueError, match="holds '0'"):
         list(StreamingWalk(nn.Sequential(Net()), None, data).visit(["0", ""]))
     with pytest.raises(ValueError, match="batches"):
@@ -216,6 +245,25 @@ def test_an_abandoned_walk_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert walk._store.usage()["mapped"] == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_activations_on_a_device(budget: int) -> None:
+    torch.manual_seed(0)
+    model = Net().eval().cuda()
+    quant = copy.deepcopy(model)
+    batches = [torch.randn(16, 2, 32, 32) for _ in range(3)]
+    walk = StreamingWalk(model, quant, batches, memory_budget=budget)
+    for visit in walk.visit(PATHS):
+        for i, batch in enumerate(batches):
+            x, y = calls_of(model, visit.path, batch.cuda())
+            assert bits_equal(visit.float_inputs[i], x) and bits_equal(visit.float_outputs[i], y)
+            assert bits_equal(visit.quant_inputs[i], calls_of(quant, visit.path, batch.cuda())[0])
+        with torch.no_grad():
+            visit.quant_module.weight.mul_(1.05)
+    assert walk.report.streamed == {"float": True, "quant": True}
+    assert (walk.report.spilled_bytes > 0) == (budget == 0)
 
 
 # Memory and scratch files, in processes of their own
