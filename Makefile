@@ -17,6 +17,9 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 # cargo's build scripts ask the active environment for torch.
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(BIN):$(PATH)
+# As maturin sets them: pyo3, and with it torch-sys, is built anew for other values.
+export PYO3_PYTHON := $(BIN)/python
+PYO3_SIGNATURE = $$($(BIN)/python -c 'import sys; print("cpython-%d.%d-64bit" % sys.version_info[:2])')
 # This tree's package, whichever tree the environment was made in.
 export PYTHONPATH := $(CURDIR)/python
 # Programs of cargo (tests, examples) find libtorch there. No path is written into any binary.
@@ -93,7 +96,8 @@ bench-cuda: build ## benchmarks on a CUDA device, against a copy of the same byt
 .PHONY: lint
 lint: build ## formatters, clippy, ruff, mypy, stubtest
 	cargo fmt --check
-	cargo clippy --release --locked --features python --target-dir $(PYTHON_TARGET) -- -D warnings
+	PYO3_ENVIRONMENT_SIGNATURE=$(PYO3_SIGNATURE) cargo clippy --release --locked --features python \
+		--target-dir $(PYTHON_TARGET) -- -D warnings
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/ruff check python tests benchmarks examples build_backend
 	$(BIN)/ruff format --check python tests benchmarks examples build_backend

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 7] = [
     "schemas.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
     "cuda.cpp",
     "min_max.cpp",
-    "parallel.cpp",
     "rust_api.cpp",
 ];
 

@@ -73,9 +73,6 @@ int32_t rimet_cuda_min_max(const RimetDevice*, const RimetView* input, const int
 // schemas.cpp: see there.
 const char* rimet_register_ops();
 
-// In the other direction: the file of libtorch_cpu (cuda.cpp), and torch's intra-op threads for the
-// engine (parallel.cpp).
+// In the other direction: the file of libtorch_cpu (cuda.cpp).
 const char* rimet_torch_library();
-void rimet_parallel_for(int64_t begin, int64_t end, int64_t grain,
-                        void (*body)(const void*, int64_t, int64_t), const void* context);
 }

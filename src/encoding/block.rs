@@ -189,13 +189,12 @@ impl BlockGeometry {
         self.num_groups
     }
 
-    /// Length of the stretches of memory that share one encoding: the innermost loop's, or 1.
-    pub fn run_length(&self) -> usize {
-        match self.dims().last() {
-            None => 1,
-            Some(d) if d.group_stride == 0 => d.size,
-            Some(_) => 1,
-        }
+    /// The innermost loop, in memory order; a single iteration for a tensor without dimensions.
+    pub fn inner(&self) -> GeometryDim {
+        self.dims().last().copied().unwrap_or(GeometryDim {
+            size: 1,
+            group_stride: 0,
+        })
     }
 
     /// Whether one encoding serves the whole tensor.
@@ -240,7 +239,7 @@ mod tests {
         // Blocks along the input channels of a convolution: [O, I/b] encodings, b*kh*kw in a run.
         let conv = geometry(&[8, 16, 3, 3], &[8, 4, 1, 1], Some(&[1, 4, 3, 3]));
         assert_eq!(conv.dims().len(), 2);
-        assert_eq!(conv.run_length(), 36);
+        assert_eq!(conv.inner().size, 36);
     }
 
     #[test]

@@ -348,9 +348,7 @@ unsafe fn backward<T: Element<C>, C: Compute>(
                 std::slice::from_raw_parts(affine.second.cast::<C>(), n),
             )
         };
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum = rule.apply(min[i], max[i], sum.0, sum.1);
-        }
+        rule.apply_all(min, max, &mut sums);
     }
     for (i, sum) in sums.iter().enumerate() {
         unsafe {

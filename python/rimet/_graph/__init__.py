@@ -1,6 +1,6 @@
 """Recording what a model does when it runs once; the record itself lives in the engine."""
 
-from rimet._graph.inputs import bind_inputs, example_inputs, move_to, tensors_in
+from rimet._graph.inputs import bind_inputs, example_inputs, move_to, tensors_in, without_labels
 from rimet._graph.recorder import Recording, Twin, class_key, record
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "move_to",
     "record",
     "tensors_in",
+    "without_labels",
 ]

@@ -6,10 +6,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
+
+ForwardFn = Callable[[torch.nn.Module, Any], Any]
+"""Runs a model on a batch."""
+
+
+def forward(model: torch.nn.Module, batch: Any) -> Any:
+    """How a batch goes into a model when the user does not say: see :func:`bind_inputs`."""
+    args, kwargs = bind_inputs(model, batch)
+    return model(*args, **kwargs)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -69,6 +81,20 @@ def bind_inputs(model: torch.nn.Module, dummy_input: Any) -> tuple[tuple[Any, ..
     if isinstance(last, Mapping) and _are_keywords(model, last, taken=len(args) - 1):
         return args[:-1], dict(last)
     return args, {}
+
+
+def without_labels(model: torch.nn.Module, batch: Any) -> Any:
+    """A tuple or list cut to the number of positional arguments of ``forward``."""
+    if not isinstance(batch, tuple | list) or hasattr(batch, "_fields"):
+        return batch
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return batch
+    places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if len(batch) > places:
+        logger.info("each batch is cut to its first %d of %d elements", places, len(batch))
+        return tuple(batch[:places])
+    return batch
 
 
 def example_inputs(

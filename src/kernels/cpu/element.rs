@@ -1,6 +1,8 @@
 //! Stored types (what tensors hold) and computed types (what kernels calculate in).
 
 use super::isa::Simd;
+use super::vector::Vector;
+use crate::encoding::BlockGeometry;
 use half::{bf16, f16};
 
 /// Number of lanes a kernel body handles at a time, on every instruction set.
@@ -9,6 +11,7 @@ pub const LANES: usize = 16;
 /// A type kernels calculate in.
 pub trait Compute:
     Copy
+    + Element<Self>
     + Default
     + Send
     + Sync
@@ -20,10 +23,14 @@ pub trait Compute:
     + std::ops::Neg<Output = Self>
     + 'static
 {
+    /// Sixteen of them in the registers of an instruction set.
+    type V<S: Simd>: Vector<Self>;
     /// Zero.
     const ZERO: Self;
     /// Positive infinity.
     const INFINITY: Self;
+    /// Not a number.
+    const NAN: Self;
     /// From float64, rounded.
     fn from_f64(value: f64) -> Self;
     /// As float64.
@@ -47,8 +54,10 @@ pub trait Compute:
 }
 
 impl Compute for f32 {
+    type V<S: Simd> = S::F32;
     const ZERO: Self = 0.0;
     const INFINITY: Self = f32::INFINITY;
+    const NAN: Self = f32::NAN;
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value as f32
@@ -79,8 +88,10 @@ impl Compute for f32 {
 }
 
 impl Compute for f64 {
+    type V<S: Simd> = S::F64;
     const ZERO: Self = 0.0;
     const INFINITY: Self = f64::INFINITY;
+    const NAN: Self = f64::NAN;
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value
@@ -117,16 +128,28 @@ pub trait Element<C: Compute>: Copy + Default + Send + Sync + 'static {
     fn narrow<S: Simd>(values: &[C; LANES]) -> [Self; LANES];
 }
 
+// As a loop: the closure of `array::map` is not always inlined, and then compiled for the baseline.
+macro_rules! each {
+    ($values:expr, |$v:ident| $out:expr) => {{
+        let mut out = [Default::default(); LANES];
+        for j in 0..LANES {
+            let $v = $values[j];
+            out[j] = $out;
+        }
+        out
+    }};
+}
+
 macro_rules! element_by_cast {
     ($t:ty, $c:ty) => {
         impl Element<$c> for $t {
             #[inline(always)]
             fn widen<S: Simd>(values: &[Self; LANES]) -> [$c; LANES] {
-                values.map(|v| v as $c)
+                each!(values, |v| v as $c)
             }
             #[inline(always)]
             fn narrow<S: Simd>(values: &[$c; LANES]) -> [Self; LANES] {
-                values.map(|v| v as $t)
+                each!(values, |v| v as $t)
             }
         }
     };
@@ -138,22 +161,22 @@ element_by_cast!(f32, f64);
 impl Element<f32> for f16 {
     #[inline(always)]
     fn widen<S: Simd>(values: &[Self; LANES]) -> [f32; LANES] {
-        S::f16_to_f32(&values.map(f16::to_bits))
+        S::f16_to_f32(&each!(values, |v| v.to_bits()))
     }
     #[inline(always)]
     fn narrow<S: Simd>(values: &[f32; LANES]) -> [Self; LANES] {
-        S::f32_to_f16(values).map(f16::from_bits)
+        each!(S::f32_to_f16(values), |v| f16::from_bits(v))
     }
 }
 
 impl Element<f32> for bf16 {
     #[inline(always)]
     fn widen<S: Simd>(values: &[Self; LANES]) -> [f32; LANES] {
-        values.map(|v| f32::from_bits(u32::from(v.to_bits()) << 16))
+        each!(values, |v| f32::from_bits(u32::from(v.to_bits()) << 16))
     }
     #[inline(always)]
     fn narrow<S: Simd>(values: &[f32; LANES]) -> [Self; LANES] {
-        values.map(|v| {
+        each!(values, |v| {
             let bits = v.to_bits();
             let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
             // Rounding could carry a NaN into infinity; torch's NaN is 0x7fc0.
@@ -170,11 +193,11 @@ macro_rules! element_through_f32 {
         impl Element<f64> for $t {
             #[inline(always)]
             fn widen<S: Simd>(values: &[Self; LANES]) -> [f64; LANES] {
-                <$t as Element<f32>>::widen::<S>(values).map(f64::from)
+                each!(<$t as Element<f32>>::widen::<S>(values), |v| f64::from(v))
             }
             #[inline(always)]
             fn narrow<S: Simd>(values: &[f64; LANES]) -> [Self; LANES] {
-                <$t as Element<f32>>::narrow::<S>(&values.map(|v| v as f32))
+                <$t as Element<f32>>::narrow::<S>(&each!(values, |v| v as f32))
             }
         }
     };
@@ -182,38 +205,90 @@ macro_rules! element_through_f32 {
 element_through_f32!(f16);
 element_through_f32!(bf16);
 
-/// Reads up to sixteen elements; the lanes beyond `n` are zero.
+/// Reads sixteen elements.
 ///
 /// # Safety
-/// `p` is valid for reads of `n.min(16)` elements.
+/// `p` is valid for reads of sixteen elements; it need not be aligned.
 #[inline(always)]
-pub unsafe fn load<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> [C; LANES] {
-    if n >= LANES {
-        // SAFETY: sixteen elements are readable; the read is unaligned.
-        let block = unsafe { p.cast::<[T; LANES]>().read_unaligned() };
-        T::widen::<S>(&block)
-    } else {
-        let mut block = [T::default(); LANES];
-        // SAFETY: `n` elements are readable, and `block` holds sixteen.
-        unsafe { std::ptr::copy_nonoverlapping(p, block.as_mut_ptr(), n) };
-        T::widen::<S>(&block)
+pub unsafe fn load<S: Simd, T: Element<C>, C: Compute>(p: *const T) -> C::V<S> {
+    // SAFETY: by the contract.
+    <C::V<S>>::from_array(T::widen::<S>(unsafe {
+        &p.cast::<[T; LANES]>().read_unaligned()
+    }))
+}
+
+/// Reads the first `n` of sixteen elements; the other lanes are zero.
+///
+/// # Safety
+/// `n` is at most sixteen, and `p` is valid for reads of `n` elements.
+#[inline(always)]
+pub unsafe fn load_part<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> C::V<S> {
+    let mut block = [T::default(); LANES];
+    // SAFETY: `n` elements are readable, and `block` holds sixteen.
+    unsafe { std::ptr::copy_nonoverlapping(p, block.as_mut_ptr(), n) };
+    <C::V<S>>::from_array(T::widen::<S>(&block))
+}
+
+/// Writes sixteen values; past the cache if `STREAM`.
+///
+/// # Safety
+/// `p` is valid for writes of sixteen elements; aligned to [`stream_alignment`] if `STREAM`.
+#[inline(always)]
+pub unsafe fn store<S: Simd, T: Element<C>, C: Compute, const STREAM: bool>(
+    p: *mut T,
+    values: C::V<S>,
+) {
+    let block = T::narrow::<S>(&values.to_array());
+    // SAFETY: by the contract.
+    unsafe {
+        if STREAM {
+            S::stream(p.cast(), (&raw const block).cast(), size_of::<[T; LANES]>());
+        } else {
+            p.cast::<[T; LANES]>().write_unaligned(block);
+        }
     }
 }
 
-/// Writes the first `n.min(16)` of sixteen values.
+/// Writes the first `n` of sixteen values.
 ///
 /// # Safety
-/// `p` is valid for writes of `n.min(16)` elements.
+/// `n` is at most sixteen, and `p` is valid for writes of `n` elements.
 #[inline(always)]
-pub unsafe fn store<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize, values: &[C; LANES]) {
-    let block = T::narrow::<S>(values);
-    if n >= LANES {
-        // SAFETY: sixteen elements are writable; the write is unaligned.
-        unsafe { p.cast::<[T; LANES]>().write_unaligned(block) };
+pub unsafe fn store_part<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize, values: C::V<S>) {
+    let block = T::narrow::<S>(&values.to_array());
+    // SAFETY: `n` elements are writable, and `block` holds sixteen.
+    unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), p, n) };
+}
+
+/// Bytes of output from which on it is written past the cache. An ordinary store reads the line it writes
+/// to first, so streaming saves a third of the traffic: measured on two cores, 2^24 float32 take 1.5 ms
+/// against 2.0 to 3.1. Below, input and output fit a last-level cache of usual size together, where
+/// whatever comes next wants the output, and streaming was measured to take 1.8 times as long.
+const STREAM_BYTES: usize = 24 << 20;
+
+/// Whether an output is large enough to be written past the cache, and made of runs that leave few lines
+/// to be written in parts.
+pub fn streams<T>(output: *const T, geometry: &BlockGeometry) -> bool {
+    let run = geometry.inner().size;
+    let whole_lines =
+        run.is_multiple_of(LANES) && (output as usize).is_multiple_of(stream_alignment::<T>());
+    geometry.numel() * size_of::<T>() >= STREAM_BYTES && (whole_lines || run >= 64 * LANES)
+}
+
+/// What streaming stores of a block of lanes ask of the address.
+#[inline(always)]
+const fn stream_alignment<T>() -> usize {
+    if size_of::<[T; LANES]>() < 64 {
+        size_of::<[T; LANES]>()
     } else {
-        // SAFETY: `n` elements are writable, and `block` holds sixteen.
-        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), p, n) };
+        64
     }
+}
+
+/// Elements from `p` to the first place where a block can be streamed: fewer than sixteen.
+#[inline(always)]
+pub fn before_stream<T>(p: *const T) -> usize {
+    (p as usize).wrapping_neg() % stream_alignment::<T>() / size_of::<T>()
 }
 
 #[cfg(test)]

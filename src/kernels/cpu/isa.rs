@@ -1,5 +1,6 @@
 //! Which instruction set the kernels run with.
 
+use super::vector::{Lanes, Vector};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::OnceLock;
 
@@ -89,12 +90,24 @@ pub fn force(isa: Option<Isa>) -> bool {
 
 /// Compile-time side of [`Isa`]: what the always-inlined bodies are generic over.
 pub trait Simd: Copy + 'static {
+    /// Sixteen float32.
+    type F32: Vector<f32>;
+    /// Sixteen float64.
+    type F64: Vector<f64>;
     /// Whether rounding to even is one instruction.
     const HAS_ROUND: bool;
     /// Sixteen float16 bit patterns as float32.
     fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16];
     /// Sixteen float32 as float16 bit patterns, ties to even.
     fn f32_to_f16(values: &[f32; 16]) -> [u16; 16];
+    /// Copies `bytes` bytes past the cache; other threads see them after this one's [`Simd::fence`].
+    ///
+    /// # Safety
+    /// `from` and `to` are valid for `bytes` bytes, a multiple of 32; `to` is aligned to 64, or to 32 if
+    /// `bytes` is 32.
+    unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize);
+    /// Orders streamed bytes before whatever this thread writes next.
+    fn fence();
 }
 
 /// Baseline code.
@@ -102,20 +115,52 @@ pub trait Simd: Copy + 'static {
 pub struct Portable;
 
 impl Simd for Portable {
+    type F32 = Lanes<f32>;
+    type F64 = Lanes<f64>;
     const HAS_ROUND: bool = cfg!(any(target_arch = "aarch64", target_feature = "sse4.1"));
     #[inline(always)]
     fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| half::f16::from_bits(bits[i]).to_f32_const())
+        let mut out = [0.0; 16];
+        for i in 0..16 {
+            out[i] = half::f16::from_bits(bits[i]).to_f32_const();
+        }
+        out
     }
     #[inline(always)]
     fn f32_to_f16(values: &[f32; 16]) -> [u16; 16] {
-        std::array::from_fn(|i| half::f16::from_f32_const(values[i]).to_bits())
+        let mut out = [0; 16];
+        for i in 0..16 {
+            out[i] = half::f16::from_f32_const(values[i]).to_bits();
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
+        // SAFETY: by the contract. SSE2 belongs to x86-64.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            for i in (0..bytes).step_by(16) {
+                use std::arch::x86_64::{_mm_loadu_si128, _mm_stream_si128};
+                _mm_stream_si128(to.add(i).cast(), _mm_loadu_si128(from.add(i).cast()));
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            std::ptr::copy_nonoverlapping(from, to, bytes);
+        }
+    }
+    #[inline(always)]
+    fn fence() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: SSE belongs to x86-64.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Simd;
+    use super::super::vector::{F32x16Avx2, F32x16Avx512, F64x16Avx2, F64x16Avx512};
+    use super::{Portable, Simd};
     use std::arch::x86_64::*;
 
     /// Code inside a function with AVX2 and F16C switched on.
@@ -126,6 +171,8 @@ mod x86 {
     pub struct Avx512;
 
     impl Simd for Avx2 {
+        type F32 = F32x16Avx2;
+        type F64 = F64x16Avx2;
         const HAS_ROUND: bool = true;
         #[inline(always)]
         fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16] {
@@ -153,9 +200,24 @@ mod x86 {
             }
             out
         }
+        #[inline(always)]
+        unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
+            // SAFETY: by the contract; `Avx2` is only named where AVX2 is enabled.
+            unsafe {
+                for i in (0..bytes).step_by(32) {
+                    _mm256_stream_si256(to.add(i).cast(), _mm256_loadu_si256(from.add(i).cast()));
+                }
+            }
+        }
+        #[inline(always)]
+        fn fence() {
+            Portable::fence();
+        }
     }
 
     impl Simd for Avx512 {
+        type F32 = F32x16Avx512;
+        type F64 = F64x16Avx512;
         const HAS_ROUND: bool = true;
         #[inline(always)]
         fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16] {
@@ -164,6 +226,22 @@ mod x86 {
         #[inline(always)]
         fn f32_to_f16(values: &[f32; 16]) -> [u16; 16] {
             Avx2::f32_to_f16(values)
+        }
+        #[inline(always)]
+        unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
+            // SAFETY: by the contract; `Avx512` is only named where AVX-512 is enabled.
+            unsafe {
+                if bytes % 64 != 0 {
+                    return Avx2::stream(to, from, bytes);
+                }
+                for i in (0..bytes).step_by(64) {
+                    _mm512_stream_si512(to.add(i).cast(), _mm512_loadu_si512(from.add(i).cast()));
+                }
+            }
+        }
+        #[inline(always)]
+        fn fence() {
+            Portable::fence();
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Smallest and largest element of each encoding's block, in one read. NaN wins, as in torch.
 
-use super::element::{load, Compute, Element, LANES};
+use super::element::{load, load_part, Compute, Element, LANES};
 use super::isa::Simd;
 use super::reduce::{reduce, Reduction};
+use super::vector::Vector;
 use crate::encoding::BlockGeometry;
 use std::marker::PhantomData;
 
@@ -47,36 +48,48 @@ impl<T: Element<C>, C: Compute> Reduction for MinMax<T, C> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, start: usize, len: usize, _group: usize) -> (C, C) {
-        let mut low = [C::INFINITY; LANES];
-        let mut high = [-C::INFINITY; LANES];
-        let mut nan = [C::ZERO; LANES];
+        // Several accumulators, or each comparison would wait for the one before it. NaN is looked for
+        // on the side: `min` and `max` leave it out if it comes first.
+        const WIDE: usize = 4;
+        let mut low = [<C::V<S>>::splat(C::INFINITY); WIDE];
+        let mut high = [<C::V<S>>::splat(-C::INFINITY); WIDE];
+        let mut ordered = [low[0].ordered(); WIDE];
         let mut i = 0;
-        while i + LANES <= len {
-            // SAFETY: the block is inside the run.
-            let x = unsafe { load::<S, T, C>(self.input.add(start + i), LANES) };
-            for j in 0..LANES {
-                low[j] = if x[j] < low[j] { x[j] } else { low[j] };
-                high[j] = if x[j] > high[j] { x[j] } else { high[j] };
-                nan[j] = if x[j].is_nan() { x[j] } else { nan[j] };
+        // SAFETY: every block is inside the run.
+        unsafe {
+            while i + WIDE * LANES <= len {
+                for k in 0..WIDE {
+                    let x = load::<S, T, C>(self.input.add(start + i + k * LANES));
+                    low[k] = x.min(low[k]);
+                    high[k] = x.max(high[k]);
+                    ordered[k] = <C::V<S>>::and(ordered[k], x.ordered());
+                }
+                i += WIDE * LANES;
             }
-            i += LANES;
-        }
-        for j in 0..LANES {
-            if nan[j].is_nan() {
-                low[j] = nan[j];
-                high[j] = nan[j];
+            while i + LANES <= len {
+                let x = load::<S, T, C>(self.input.add(start + i));
+                low[0] = x.min(low[0]);
+                high[0] = x.max(high[0]);
+                ordered[0] = <C::V<S>>::and(ordered[0], x.ordered());
+                i += LANES;
             }
         }
-        let mut result = (low[0], high[0]);
-        for j in 1..LANES {
-            result = (smaller(result.0, low[j]), larger(result.1, high[j]));
+        let mut result = self.identity();
+        for k in 1..WIDE {
+            low[0] = low[k].min(low[0]);
+            high[0] = high[k].max(high[0]);
+            ordered[0] = <C::V<S>>::and(ordered[0], ordered[k]);
         }
-        if i < len {
-            // SAFETY: `len - i` elements are left.
-            let x = unsafe { load::<S, T, C>(self.input.add(start + i), len - i) };
-            for &v in &x[..len - i] {
-                result = (smaller(result.0, v), larger(result.1, v));
-            }
+        for (low, high) in low[0].to_array().into_iter().zip(high[0].to_array()) {
+            result = (smaller(result.0, low), larger(result.1, high));
+        }
+        if !<C::V<S>>::all(ordered[0]) {
+            result = (C::NAN, C::NAN);
+        }
+        // SAFETY: `len - i` elements are left.
+        let rest = unsafe { load_part::<S, T, C>(self.input.add(start + i), len - i) }.to_array();
+        for &v in &rest[..len - i] {
+            result = (smaller(result.0, v), larger(result.1, v));
         }
         result
     }
@@ -87,7 +100,7 @@ impl<T: Element<C>, C: Compute> Reduction for MinMax<T, C> {
         while i < groups.len() {
             let n = LANES.min(groups.len() - i);
             // SAFETY: the tile is inside the tensor.
-            let x = unsafe { load::<S, T, C>(self.input.add(start + i), n) };
+            let x = unsafe { load_part::<S, T, C>(self.input.add(start + i), n) }.to_array();
             for (&v, &group) in x[..n].iter().zip(&groups[i..]) {
                 Self::combine(&mut partials[group], (v, v));
             }

@@ -9,6 +9,7 @@ pub mod min_max;
 mod parallel;
 mod range;
 mod reduce;
+mod vector;
 mod walk;
 
 pub use element::{Compute, Element};

@@ -6,6 +6,7 @@
 
 use super::element::Compute;
 use super::isa::Portable;
+use super::parallel::{for_each_range, Shared};
 use crate::encoding::{minimum_scale, AffineGrid};
 
 /// The range's constants in the kernel's precision.
@@ -74,10 +75,22 @@ pub fn range_to_scale_offset<C: Compute>(
 ) {
     let rule = RangeRule::<C>::new(grid, symmetric);
     assert!(min.len() == max.len() && scale.len() == min.len() && offset.len() == min.len());
-    for i in 0..min.len() {
-        (scale[i], offset[i]) = rule.scale_offset(min[i], max[i]);
-    }
+    let (scale, offset) = (Shared(scale.as_mut_ptr()), Shared(offset.as_mut_ptr()));
+    for_each_range(min.len(), GRAIN, |range| {
+        let (scale, offset) = (&scale, &offset);
+        for i in range {
+            let (s, o) = rule.scale_offset(min[i], max[i]);
+            // SAFETY: `i` is inside all four slices, and each thread has its own.
+            unsafe {
+                scale.0.add(i).write(s);
+                offset.0.add(i).write(o);
+            }
+        }
+    });
 }
+
+/// Ranges below which no second thread is worth waking: each costs some ten times an element of a tensor.
+const GRAIN: usize = 4096;
 
 /// The chain rule from scale and offset to min and max.
 pub struct RangeGradient<C> {
@@ -90,6 +103,24 @@ impl<C: Compute> RangeGradient<C> {
         Self {
             rule: RangeRule::new(grid, symmetric),
         }
+    }
+
+    /// Turns the gradients of (scale, offset) into those of (min, max), in place.
+    ///
+    /// # Panics
+    /// If the slices differ in length.
+    pub fn apply_all(&self, min: &[C], max: &[C], sums: &mut [(f64, f64)]) {
+        assert!(min.len() == sums.len() && max.len() == sums.len());
+        let n = sums.len();
+        let sums = Shared(sums.as_mut_ptr());
+        for_each_range(n, GRAIN, |range| {
+            let sums = &sums;
+            for i in range {
+                // SAFETY: `i` is inside the slice, and each thread has its own.
+                let sum = unsafe { &mut *sums.0.add(i) };
+                *sum = self.apply(min[i], max[i], sum.0, sum.1);
+            }
+        });
     }
 
     /// Gradients of (min, max) from those of (scale, offset).

@@ -4,7 +4,7 @@
 //! chunk's partial results are combined in memory order. So the result does not depend on threads.
 
 use super::isa::{dispatch, Body, Simd};
-use super::parallel::for_each_range;
+use super::parallel::{for_each_range, Shared};
 use super::walk::Pieces;
 use crate::encoding::BlockGeometry;
 
@@ -37,20 +37,19 @@ pub trait Reduction: Sync {
     /// # Safety
     /// As for `run`.
     unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], partials: &mut [Self::Partial]);
-}
 
-/// A pointer that threads may share because they write to different places.
-#[derive(Clone, Copy)]
-pub struct Shared<T>(pub *mut T);
-// SAFETY: users write disjoint elements; see each use.
-unsafe impl<T: Send> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<T> {}
+    /// Called by each thread after each of its chunks.
+    #[inline(always)]
+    fn finish<S: Simd>(&self) {}
+}
 
 struct RunChunk<'a, R: Reduction> {
     reduction: &'a R,
     geometry: &'a BlockGeometry,
-    chunk: usize,
+    begin: usize,
+    end: usize,
+    /// Where the result of a run goes: its number plus this, or (`None`) its encoding's place.
+    chunk: Option<usize>,
     partials: Shared<R::Partial>,
 }
 
@@ -58,16 +57,22 @@ impl<R: Reduction> Body for RunChunk<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let begin = self.chunk * CHUNK;
-        let end = (begin + CHUNK).min(self.geometry.numel());
-        for piece in Pieces::new(self.geometry, begin, end) {
-            // SAFETY: chunks do not overlap, so neither do their elements; `run + chunk` grows with
-            // every piece (each piece begins a run or a chunk), so each has its own place.
-            unsafe {
-                let partial = self.reduction.run::<S>(piece.start, piece.len, piece.group);
-                self.partials.0.add(piece.run + self.chunk).write(partial);
+        for piece in Pieces::new(self.geometry, self.begin, self.end) {
+            let (mut start, mut group) = (piece.start, piece.group);
+            for r in 0..piece.count {
+                let place = self.chunk.map_or(group, |chunk| piece.run + r + chunk);
+                // SAFETY: chunks do not overlap, so neither do their elements. `run + chunk` grows with
+                // every run (each begins an iteration or a chunk), so each has its own place; without
+                // `chunk` each run is one encoding's only one.
+                unsafe {
+                    let partial = self.reduction.run::<S>(start, piece.len, group);
+                    self.partials.0.add(place).write(partial);
+                }
+                start += piece.len;
+                group += piece.group_step;
             }
         }
+        self.reduction.finish::<S>();
     }
 }
 
@@ -95,6 +100,7 @@ impl<R: Reduction> Body for TileChunk<'_, R> {
             }
             begin = end;
         }
+        self.reduction.finish::<S>();
     }
 }
 
@@ -105,8 +111,11 @@ pub fn fill_groups(geometry: &BlockGeometry, begin: usize, end: usize, groups: &
     let stride = pieces.inner_stride;
     for piece in pieces {
         let from = piece.start - begin;
-        for (j, slot) in groups[from..from + piece.len].iter_mut().enumerate() {
-            *slot = piece.group + j * stride;
+        let runs = groups[from..from + piece.len * piece.count].chunks_exact_mut(piece.len);
+        for (r, run) in runs.enumerate() {
+            for (j, slot) in run.iter_mut().enumerate() {
+                *slot = piece.group + r * piece.group_step + j * stride;
+            }
         }
     }
 }
@@ -118,28 +127,51 @@ pub fn reduce<R: Reduction>(geometry: &BlockGeometry, reduction: &R) -> Vec<R::P
     if numel == 0 {
         return result;
     }
-    let shared_runs = geometry.dims().last().is_none_or(|d| d.group_stride == 0);
-    if shared_runs {
-        let inner = geometry.dims().last().map_or(1, |d| d.size);
+    let inner = geometry.inner();
+    let shared_runs = inner.group_stride == 0;
+    if shared_runs && inner.size <= CHUNK && numel == inner.size * geometry.num_groups() {
+        // Each run is an encoding of its own: its result is the result.
+        let shared = Shared(result.as_mut_ptr());
+        let chunk = CHUNK / inner.size * inner.size;
+        for_each_range(numel.div_ceil(chunk), 1, |range| {
+            // The whole struct is captured, not its pointer, which alone would not be `Sync`.
+            let shared = &shared;
+            for i in range {
+                dispatch(RunChunk {
+                    reduction,
+                    geometry,
+                    begin: i * chunk,
+                    end: ((i + 1) * chunk).min(numel),
+                    chunk: None,
+                    partials: *shared,
+                });
+            }
+        });
+    } else if shared_runs {
         let chunks = numel.div_ceil(CHUNK);
-        let mut partials = vec![reduction.identity(); numel / inner + chunks];
+        let mut partials = vec![reduction.identity(); numel / inner.size + chunks];
         let shared = Shared(partials.as_mut_ptr());
         for_each_range(chunks, 1, |range| {
-            // The whole struct is captured, not its pointer, which alone would not be `Sync`.
             let shared = &shared;
             for chunk in range {
                 dispatch(RunChunk {
                     reduction,
                     geometry,
-                    chunk,
+                    begin: chunk * CHUNK,
+                    end: ((chunk + 1) * CHUNK).min(numel),
+                    chunk: Some(chunk),
                     partials: *shared,
                 });
             }
         });
         for piece in Pieces::new(geometry, 0, numel) {
-            let last = piece.start + piece.len - 1;
-            for chunk in piece.start / CHUNK..=last / CHUNK {
-                R::combine(&mut result[piece.group], partials[piece.run + chunk]);
+            for r in 0..piece.count {
+                let start = piece.start + r * piece.len;
+                let last = start + piece.len - 1;
+                for chunk in start / CHUNK..=last / CHUNK {
+                    let group = piece.group + r * piece.group_step;
+                    R::combine(&mut result[group], partials[piece.run + r + chunk]);
+                }
             }
         }
     } else {
