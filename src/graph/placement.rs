@@ -197,13 +197,34 @@ enum Setting {
     Constraints,
 }
 
+/// Quantizers of one module that a rule reaches together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Group {
+    Inputs(ModuleId),
+    Outputs(ModuleId),
+    FirstOutput(ModuleId),
+}
+
 /// Quantizers that a rule for one operator reaches.
 #[derive(Debug, Default)]
 struct Reach {
-    input_on: Vec<QuantizerId>,
-    output_on: Vec<QuantizerId>,
-    input_off: Vec<QuantizerId>,
-    output_off: Vec<QuantizerId>,
+    input_on: Vec<Group>,
+    output_on: Vec<Group>,
+    /// Its own inputs. What is around `producers` belongs to them.
+    own_inputs: Vec<Group>,
+    /// Not resolved here: what feeds a thousand operators would be walked around a thousand times.
+    producers: Vec<NodeId>,
+    output_off: Vec<Group>,
+}
+
+/// What the rules of one section have set so far, each quantizer once.
+#[derive(Debug, Default)]
+struct Done {
+    settings: HashMap<(QuantizerId, Setting), String>,
+    /// Groups whose quantizers all have this setting already.
+    groups: HashSet<(Group, Setting, String)>,
+    /// Producers around which all quantizers are symmetric, or are not, already.
+    around: HashSet<(NodeId, bool)>,
 }
 
 #[derive(Debug, Default)]
@@ -304,22 +325,32 @@ impl<'a> Placement<'a> {
         (0..modules.len()).filter(|&m| modules[m].quantizable)
     }
 
-    /// Quantizers on both ends of the edges that leave `node`: its outputs, and its consumers' inputs.
-    fn around_outputs(&self, node: NodeId, reach: &mut Vec<QuantizerId>) {
-        if let Some(module) = self.quantized_module(node) {
-            reach.extend(&self.slots[module].outputs);
+    fn ids(&self, group: Group) -> &[QuantizerId] {
+        match group {
+            Group::Inputs(module) => &self.slots[module].inputs,
+            Group::Outputs(module) => &self.slots[module].outputs,
+            Group::FirstOutput(module) => {
+                let outputs = &self.slots[module].outputs;
+                &outputs[..outputs.len().min(1)]
+            }
         }
-        self.consumer_inputs(node, reach);
+    }
+
+    /// Quantizers on both ends of the edges that leave `node`: its outputs, and its consumers' inputs.
+    fn around_outputs(&self, node: NodeId) -> Vec<Group> {
+        let own = self.quantized_module(node).map(Group::Outputs);
+        own.into_iter().chain(self.consumer_inputs(node)).collect()
     }
 
     /// The input quantizers of the modules that `node` feeds.
-    fn consumer_inputs(&self, node: NodeId, reach: &mut Vec<QuantizerId>) {
+    fn consumer_inputs(&self, node: NodeId) -> Vec<Group> {
         let mut seen = HashSet::new();
-        for &(consumer, _) in &self.flow.consumers[node] {
-            if let Some(module) = self.quantized_module(consumer).filter(|m| seen.insert(*m)) {
-                reach.extend(&self.slots[module].inputs);
-            }
-        }
+        let consumers = self.flow.consumers[node].iter();
+        consumers
+            .filter_map(|&(consumer, _)| self.quantized_module(consumer))
+            .filter(|&module| seen.insert(module))
+            .map(Group::Inputs)
+            .collect()
     }
 
     fn producers(&self, node: NodeId) -> impl Iterator<Item = NodeId> + '_ {
@@ -332,42 +363,37 @@ impl<'a> Placement<'a> {
     }
 
     fn reach_of_node(&self, node: NodeId) -> Reach {
-        let mut reach = Reach::default();
+        let mut reach = Reach {
+            producers: self.producers(node).collect(),
+            output_off: self.around_outputs(node),
+            ..Reach::default()
+        };
         match self.quantized_module(node) {
             Some(module) => {
-                reach.input_on.extend(&self.slots[module].inputs);
-                reach.output_on.extend(&self.slots[module].outputs);
-                reach.input_off.extend(&self.slots[module].inputs);
+                reach.input_on.push(Group::Inputs(module));
+                reach.output_on.push(Group::Outputs(module));
+                reach.own_inputs.push(Group::Inputs(module));
             }
             None => {
-                for module in self
-                    .producers(node)
-                    .filter_map(|p| self.quantized_module(p))
-                {
-                    reach.input_on.extend(self.slots[module].outputs.first());
-                }
-                self.consumer_inputs(node, &mut reach.output_on);
+                let modules = reach.producers.iter().copied();
+                let modules = modules.filter_map(|p| self.quantized_module(p));
+                reach.input_on = modules.map(Group::FirstOutput).collect();
+                reach.output_on = self.consumer_inputs(node);
             }
         }
-        for producer in self.producers(node) {
-            self.around_outputs(producer, &mut reach.input_off);
-        }
-        self.around_outputs(node, &mut reach.output_off);
         reach
     }
 
     fn reach_of_module(&self, module: ModuleId) -> Reach {
         match self.flow.graph.modules[module].calls.last() {
             Some(&node) => self.reach_of_node(node),
-            None => {
-                let slots = &self.slots[module];
-                Reach {
-                    input_on: slots.inputs.clone(),
-                    output_on: slots.outputs.clone(),
-                    input_off: slots.inputs.clone(),
-                    output_off: slots.outputs.clone(),
-                }
-            }
+            None => Reach {
+                input_on: vec![Group::Inputs(module)],
+                output_on: vec![Group::Outputs(module)],
+                own_inputs: vec![Group::Inputs(module)],
+                producers: Vec::new(),
+                output_off: vec![Group::Outputs(module)],
+            },
         }
     }
 
@@ -390,7 +416,7 @@ impl<'a> Placement<'a> {
 
     fn apply_defaults(&mut self) -> Result<(), ConfigError> {
         let config = self.config;
-        let mut done = HashMap::new();
+        let mut done = Done::default();
         for module in self.quantized_modules() {
             let reach = self.reach_of_module(module);
             self.apply_op_rule(&reach, &config.ops, &mut done)?;
@@ -445,7 +471,7 @@ impl<'a> Placement<'a> {
             is_output_quantized: Some(false),
             ..OpRule::default()
         };
-        let mut done = HashMap::new();
+        let mut done = Done::default();
         for module in self.quantized_modules() {
             let class = self.flow.graph.modules[module].class.as_str();
             let mut apply: Vec<&OpRule> = Vec::new();
@@ -519,57 +545,80 @@ impl<'a> Placement<'a> {
         &mut self,
         reach: &Reach,
         rule: &OpRule,
-        done: &mut HashMap<(QuantizerId, Setting), String>,
+        done: &mut Done,
     ) -> Result<(), ConfigError> {
-        let mut set =
-            |ids: &[QuantizerId], setting, text: String, change: &dyn Fn(&mut Quantizer)| {
-                for &id in ids {
-                    match done.get(&(id, setting)) {
-                        Some(first) if *first != text => {
-                            return Err(ConfigError::Conflict {
-                                quantizer: self.names[id].clone(),
-                                first: first.clone(),
-                                second: text,
-                            });
-                        }
-                        Some(_) => {}
-                        None => {
-                            change(&mut self.quantizers[id]);
-                            done.insert((id, setting), text.clone());
-                        }
-                    }
-                }
-                Ok(())
-            };
         if rule.is_input_quantized == Some(true) {
-            set(
+            self.set(
                 &reach.input_on,
                 Setting::Enabled,
-                "quantized: true".into(),
-                &|q| q.enabled = true,
+                "quantized: true",
+                done,
+                |q| q.enabled = true,
             )?;
         }
         if let Some(on) = rule.is_output_quantized {
-            let ids = if on {
+            let groups = if on {
                 &reach.output_on
             } else {
                 &reach.output_off
             };
-            set(ids, Setting::Enabled, format!("quantized: {on}"), &|q| {
-                q.enabled = on
-            })?;
+            let text = format!("quantized: {on}");
+            self.set(groups, Setting::Enabled, &text, done, |q| q.enabled = on)?;
         }
         if let Some(symmetric) = rule.is_symmetric {
-            for ids in [&reach.input_off, &reach.output_off] {
-                let text = format!("is_symmetric: {symmetric}");
-                set(ids, Setting::Symmetric, text, &|q| q.symmetric = symmetric)?;
+            let text = format!("is_symmetric: {symmetric}");
+            let set = |this: &mut Self, groups: &[Group], done: &mut Done| {
+                this.set(groups, Setting::Symmetric, &text, done, |q| {
+                    q.symmetric = symmetric
+                })
+            };
+            set(self, &reach.own_inputs, done)?;
+            for &producer in &reach.producers {
+                if done.around.insert((producer, symmetric)) {
+                    let groups = self.around_outputs(producer);
+                    set(self, &groups, done)?;
+                }
             }
+            set(self, &reach.output_off, done)?;
         }
         if let Some(range) = rule.constraints {
             let text = format!("encoding_constraints: {range:?}");
-            set(&reach.output_on, Setting::Constraints, text, &|q| {
+            self.set(&reach.output_on, Setting::Constraints, &text, done, |q| {
                 q.constraints = Some(range)
             })?;
+        }
+        Ok(())
+    }
+
+    /// Changes the quantizers of `groups`; `text` says to what, and is what two rules are compared by.
+    fn set(
+        &mut self,
+        groups: &[Group],
+        setting: Setting,
+        text: &str,
+        done: &mut Done,
+        change: impl Fn(&mut Quantizer),
+    ) -> Result<(), ConfigError> {
+        for &group in groups {
+            if !done.groups.insert((group, setting, text.to_owned())) {
+                continue;
+            }
+            for id in self.ids(group).to_vec() {
+                match done.settings.get(&(id, setting)) {
+                    Some(first) if first != text => {
+                        return Err(ConfigError::Conflict {
+                            quantizer: self.names[id].clone(),
+                            first: first.clone(),
+                            second: text.to_owned(),
+                        });
+                    }
+                    Some(_) => {}
+                    None => {
+                        change(&mut self.quantizers[id]);
+                        done.settings.insert((id, setting), text.to_owned());
+                    }
+                }
+            }
         }
         Ok(())
     }

@@ -128,6 +128,13 @@ impl Program {
         ids.filter(|&id| marked[self.values[id].storage]).collect()
     }
 
+    /// The values on memory that some step writes to after it was made.
+    pub fn mutable(&self) -> Vec<ValueId> {
+        let written = self.mark(self.steps.iter().flat_map(|s| s.writes.iter().copied()));
+        let ids = 0..self.values.len();
+        ids.filter(|&id| written[self.values[id].storage]).collect()
+    }
+
     /// A table of storages with `true` at the given ones.
     fn mark(&self, storages: impl Iterator<Item = StorageId>) -> Vec<bool> {
         let count = self.values.iter().map(|v| v.storage + 1).max();
@@ -403,6 +410,7 @@ mod tests {
         );
         let before = run.0.program.clone();
         assert!(before.written().is_empty());
+        assert_eq!(before.mutable(), [made]);
         run.call(
             Callable::Operator("aten::add_".into()),
             &[1],

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 
 /// A storage below this size stays in memory, even over the budget: a file would cost more than it saves.
-const SMALLEST_FILE: u64 = 16 << 10;
+pub const SMALLEST_FILE: u64 = 16 << 10;
 
 #[derive(Debug)]
 struct Storage {
@@ -48,6 +48,8 @@ pub struct ActivationStore {
     folder: PathBuf,
     storages: HashMap<usize, Storage>,
     usage: Usage,
+    /// Bytes spilled since the allocator last gave memory back.
+    untrimmed: u64,
 }
 
 impl ActivationStore {
@@ -69,6 +71,7 @@ impl ActivationStore {
             folder,
             storages: HashMap::new(),
             usage: Usage::default(),
+            untrimmed: 0,
         })
     }
 
@@ -124,6 +127,11 @@ impl ActivationStore {
     /// [`Error::Io`] if the scratch folder cannot take it, the disk being full for example.
     pub fn spill(&mut self, bytes: &Tensor) -> Result<Tensor> {
         let len = bytes.numel() as u64;
+        self.untrimmed += len;
+        if self.untrimmed > self.budget / 8 {
+            give_back_freed_memory();
+            self.untrimmed = 0;
+        }
         let file = nameless_file(&self.folder, len)?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let mut mapped = Tensor::f_from_file(&path, true, len as i64, (Kind::Uint8, Device::Cpu))?;
@@ -149,6 +157,15 @@ impl ActivationStore {
         } else {
             &mut self.usage.mapped
         }
+    }
+}
+
+/// glibc keeps large blocks that are freed between others, and after a while has kept a multiple of the budget.
+fn give_back_freed_memory() {
+    // SAFETY: the function may be called at any time, and touches free memory only.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -160,6 +160,11 @@ impl PyProgram {
         self.0.outside()
     }
 
+    /// Values on memory that is written to after it was made.
+    fn mutable(&self) -> Vec<usize> {
+        self.0.mutable()
+    }
+
     /// The one step that takes the result of the first call of a module.
     fn single_consumer(&self, path: &str) -> Option<usize> {
         self.0.single_consumer(path)

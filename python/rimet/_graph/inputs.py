@@ -14,6 +14,15 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+ForwardFn = Callable[[torch.nn.Module, Any], Any]
+"""Runs a model on a batch."""
+
+
+def forward(model: torch.nn.Module, batch: Any) -> Any:
+    """How a batch goes into a model when the user does not say: see :func:`bind_inputs`."""
+    args, kwargs = bind_inputs(model, batch)
+    return model(*args, **kwargs)
+
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Yields the tensors of a nested value (tuples, lists, dicts, dataclasses) in order."""

@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 from rimet import _core
@@ -117,9 +121,10 @@ class _Recorder:
         self.values[id(tensor)] = (reference, value)
         key = _storage_key(tensor)
         if key and not (known is not None and known[0]() is tensor):
-            group = [r for r in self.sharing.get(key, ()) if r() is not None]
+            group = self.sharing.setdefault(key, [])
+            if len(group).bit_count() == 1:  # only now and then: there may be thousands of views
+                group[:] = [r for r in group if r() is not None]
             group.append(reference)
-            self.sharing[key] = group
 
     def lookup(self, tensor: torch.Tensor) -> int:
         known = self.values.get(id(tensor))
@@ -345,6 +350,22 @@ def record(
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
 
+    compiled: dict[int, str] = {}
+
+    def watch_compiled() -> None:
+        """Compiled modules take no hooks of their own."""
+
+        def before(module: torch.nn.Module, args: Any) -> None:
+            if id(module) in compiled:
+                recorder.enter_leaf(compiled[id(module)], args, {})
+
+        def after(module: torch.nn.Module, args: Any, kwargs: Any, outcome: Any) -> None:
+            if id(module) in compiled:
+                recorder.leave_leaf(compiled[id(module)], args, kwargs, outcome)
+
+        handles.append(register_module_forward_pre_hook(before))
+        handles.append(register_module_forward_hook(after, with_kwargs=True))
+
     def watch_scope(path: str, module: torch.nn.Module) -> None:
         def before(_: torch.nn.Module, args: Any) -> None:
             recorder.enter_scope(path)
@@ -382,7 +403,12 @@ def record(
                 shape.dynamic,
                 twin is not None,
             )
-            watch_leaf(path, module)
+            if isinstance(module, torch.jit.ScriptModule):
+                compiled[id(module)] = path
+            else:
+                watch_leaf(path, module)
+        if compiled:
+            watch_compiled()
         position = -1
         for position, tensor in enumerate(tensors_in((args, dict(kwargs)))):
             shape_, dtype = _describe(tensor)

@@ -15,9 +15,8 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,175 +24,26 @@ from torch import nn
 from tqdm import tqdm
 
 from rimet import _core
-from rimet._graph.inputs import bind_inputs, without_labels
-from rimet._graph.recorder import in_evaluation_mode
-from rimet._graph.replay import (
+from rimet._graph.activation import Activation, following_activation
+from rimet._graph.inputs import ForwardFn, forward, without_labels
+from rimet._graph.live import DEFAULT_MEMORY_SHARE, LiveBatches, LiveTensors, free_memory
+from rimet._graph.program import (
     Execution,
-    ForwardFn,
     Program,
+    Reason,
     ReplayError,
     own_run,
-    record_program,
     signature_of,
-    verify,
 )
-from rimet._graph.structure import Structure, flatten
+from rimet._graph.program_recorder import record_program
+from rimet._graph.recorder import in_evaluation_mode
+from rimet._graph.replay import verify
+from rimet._graph.structure import flatten
+from rimet.nn.reuse import reuse_quantized_params
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Activation", "StreamingWalk", "Visit", "WalkReport"]
-
-#: The default budget is this share of the memory that is free when the walk begins.
-DEFAULT_MEMORY_SHARE = 0.25
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process could still get: of the device, or of the machine and the control group
-    the process is in.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return max(free, 0)
-
-
-# Live tensors
-
-
-@dataclass
-class _Parked:
-    """A tensor of another device, in a mapped file meanwhile."""
-
-    mapped: torch.Tensor
-    device: torch.device
-
-
-class _LiveTensors(MutableMapping[int, torch.Tensor]):
-    """Tensors by number, under the budget of a store from one :meth:`settle` to the next."""
-
-    def __init__(self, store: _core.ActivationStore, outside: frozenset[int] = frozenset()) -> None:
-        self._store = store
-        self._outside = outside
-        self._tensors: dict[int, torch.Tensor | _Parked] = {}
-        self._keys: dict[int, int] = {}
-        self._unsettled: set[int] = set()
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        tensor = self._tensors[number]
-        if isinstance(tensor, _Parked):
-            self._load(tensor.mapped.untyped_storage()._cdata, tensor.device)
-            tensor = self._tensors[number]
-            assert isinstance(tensor, torch.Tensor)
-        return tensor
-
-    def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
-        if self._tensors.get(number) is not tensor:
-            self._let_go(number)
-            self._tensors[number] = tensor
-            if number not in self._outside:
-                self._unsettled.add(number)
-
-    def __delitem__(self, number: int) -> None:
-        del self._tensors[number]
-        self._let_go(number)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def settle(self) -> None:
-        """Counts what is new, and moves what is over the budget to mapped files."""
-        moved: dict[int, torch.Tensor] = {}
-        for number in sorted(self._unsettled):
-            tensor = self._tensors[number]
-            assert isinstance(tensor, torch.Tensor)
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in moved and self._store.hold(key, size):
-                self._keys[number] = key
-                continue
-            if key not in moved:
-                moved[key] = self._store.spill(_bytes_of(storage, tensor.device))
-                mapped_key = moved[key].untyped_storage()._cdata
-                self._store.hold_mapped(mapped_key, size)
-            else:
-                mapped_key = moved[key].untyped_storage()._cdata
-                self._store.hold(mapped_key, size)
-            self._keys[number] = mapped_key
-            mapped = _like(tensor, moved[key].untyped_storage(), torch.device("cpu"))
-            on_cpu = tensor.device.type == "cpu"
-            self._tensors[number] = mapped if on_cpu else _Parked(mapped, tensor.device)
-        self._unsettled.clear()
-
-    def _load(self, key: int, device: torch.device) -> None:
-        """Brings a storage, with all tensors on it, back to its device."""
-        parked = {
-            number: tensor.mapped
-            for number, tensor in self._tensors.items()
-            if isinstance(tensor, _Parked) and tensor.mapped.untyped_storage()._cdata == key
-        }
-        source = next(iter(parked.values())).untyped_storage()
-        loaded = _bytes_of(source, torch.device("cpu")).to(device).untyped_storage()
-        for number, mapped in parked.items():
-            self[number] = _like(mapped, loaded, device)
-
-    def _let_go(self, number: int) -> None:
-        self._unsettled.discard(number)
-        key = self._keys.pop(number, None)
-        if key is not None:
-            self._store.release(key)
-
-
-def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-
-def _like(
-    tensor: torch.Tensor, storage: torch.UntypedStorage, device: torch.device
-) -> torch.Tensor:
-    """The same look at another storage."""
-    made = torch.empty(0, dtype=tensor.dtype, device=device)
-    with torch.no_grad():
-        made.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return made
-
-
-class _LiveBatches(Sequence[Any]):
-    """Nested values, one for each batch, their tensors under the budget of a store."""
-
-    def __init__(self, store: _core.ActivationStore) -> None:
-        self._store = store
-        self._batches: list[tuple[Structure, _LiveTensors]] = []
-
-    def append(self, value: Any) -> None:
-        tensors, structure = flatten(value)
-        live = _LiveTensors(self._store)
-        live.update(enumerate(tensors))
-        live.settle()
-        self._batches.append((structure, live))
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: Any) -> Any:
-        structure, live = self._batches[index]
-        value = structure.build([live[i] for i in range(len(live))])
-        live.settle()
-        return value
-
-    def clear(self) -> None:
-        for _, live in self._batches:
-            live.clear()
-        self._batches.clear()
 
 
 class _Lazy(Sequence[torch.Tensor]):
@@ -230,8 +80,8 @@ class _Side:
     def __init__(self, model: nn.Module, walk: StreamingWalk) -> None:
         self.model = model
         self.walk = walk
-        self.kept_inputs = _LiveBatches(walk._store)
-        self.kept_outputs = _LiveBatches(walk._store)
+        self.kept_inputs = LiveBatches(walk._store)
+        self.kept_outputs = LiveBatches(walk._store)
 
     def order(self, paths: Sequence[str]) -> dict[str, int]:
         """The paths that run, each with the place of its first call."""
@@ -270,7 +120,7 @@ class _Streamed(_Side):
         self.path = ""
         self.executions = [
             self.start(programs[signature_of(batch)], index, batch)
-            for index, batch in enumerate(walk._batches)
+            for index, batch in enumerate(walk.batches)
         ]
 
     def start(self, program: Program, index: int, batch: Any) -> Execution:
@@ -279,7 +129,7 @@ class _Streamed(_Side):
             for position in program.written_inputs:
                 tensors[position] = tensors[position].clone()
             batch = structure.build(tensors)
-        live = _LiveTensors(self.walk._store, program.outside)
+        live = LiveTensors(self.walk._store, program.outside, program.mutable)
         execution = Execution(program, self.model, batch, live, self.walk.seed + index)
         live.settle()
         return execution
@@ -291,8 +141,20 @@ class _Streamed(_Side):
     def come_to(self, path: str) -> None:
         super().come_to(path)
         self.path = path
-        for index in range(len(self.executions)):
-            self.advance(index, path)
+        with contextlib.ExitStack() as stack:
+            for module in self.modules_on_the_way(path):
+                stack.enter_context(reuse_quantized_params(module))
+            for index in range(len(self.executions)):
+                self.advance(index, path)
+
+    def modules_on_the_way(self, path: str) -> list[nn.Module]:
+        """What runs before the layer, each once: its parameters are quantized once for all
+        batches.
+        """
+        first = self.executions[0]
+        steps = first.program.steps[first.next_step : self.first_call(first, path)]
+        names = dict.fromkeys(step.name for step in steps if step.kind == "module")
+        return [self.model.get_submodule(name) for name in names]
 
     def advance(self, index: int, path: str) -> None:
         execution = self.executions[index]
@@ -301,14 +163,14 @@ class _Streamed(_Side):
         except ReplayError as error:
             # What this batch decides is not what the recorded one did: it gets a program of its own.
             logger.info("batch %d is recorded anew before %s: %s", index, path, error)
-            batch = self.walk._batches[index]
+            batch = self.walk.batches[index]
             program, _ = record_program(self.model, batch, self.walk._forward, self.wanted)
             verify(program, self.model, batch, self.walk._forward)
             execution.values.clear()
             execution = self.executions[index] = self.start(program, index, batch)
             execution.advance(self.first_call(execution, path))
             self.walk.report.recorded_anew += 1
-        self.settle(execution)
+        self.values_of(execution).settle()
 
     def first_call(self, execution: Execution, path: str) -> int:
         calls = execution.program.calls(path)
@@ -317,28 +179,46 @@ class _Streamed(_Side):
         return calls[0]
 
     @staticmethod
-    def settle(execution: Execution) -> None:
-        assert isinstance(execution.values, _LiveTensors)
-        execution.values.settle()
+    def values_of(execution: Execution) -> LiveTensors:
+        assert isinstance(execution.values, LiveTensors)
+        return execution.values
 
     def arguments(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(self.kept_inputs):
             return self.kept_inputs[index]
         execution = self.executions[index]
         arguments = execution.arguments(execution.next_step)
-        self.settle(execution)
+        self.values_of(execution).settle()
         return arguments
 
     def run_layer(self) -> None:
+        store = self.walk._store
         for execution in self.executions:
-            arguments = execution.arguments(execution.next_step)
+            values = self.values_of(execution)
             step = execution.program.steps[execution.next_step]
-            if not set(step.inputs).isdisjoint(step.outputs):  # the layer works in place
-                tensors, structure = flatten(arguments)
-                arguments = structure.build([tensor.clone() for tensor in tensors])
-            self.kept_inputs.append(arguments)
-            self.kept_outputs.append(execution.call())
-            self.settle(execution)
+            is_in_place = not set(step.inputs).isdisjoint(step.outputs)
+            arguments = execution.arguments(execution.next_step)
+            values.settle()
+            inputs = LiveTensors(store)
+            for position, (value, tensor) in enumerate(
+                zip(step.inputs, flatten(arguments)[0], strict=True)
+            ):
+                if is_in_place:
+                    inputs[position] = tensor.clone()
+                elif value in values:
+                    inputs.share(position, values, value)
+                else:  # a parameter, buffer or constant
+                    inputs[position] = tensor
+            self.kept_inputs.append_live(step.arguments, inputs)
+            given, structure = flatten(execution.call())
+            values.settle()
+            outputs = LiveTensors(store)
+            for position, (value, tensor) in enumerate(zip(step.outputs, given, strict=True)):
+                if value in values:
+                    outputs.share(position, values, value)
+                else:  # nothing else needs it
+                    outputs[position] = tensor
+            self.kept_outputs.append_live(structure, outputs)
 
     def close(self) -> None:
         super().close()
@@ -379,14 +259,14 @@ class _Reruns(_Side):
     def come_to(self, path: str) -> None:
         super().come_to(path)
         self.path = path
-        for index in range(len(self.walk._batches)):
+        for index in range(len(self.walk.batches)):
             self._run_to_layer(index, before=True)
 
     def arguments(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.kept_inputs[index]
 
     def run_layer(self) -> None:
-        for index in range(len(self.walk._batches)):
+        for index in range(len(self.walk.batches)):
             self._run_to_layer(index, before=False)
 
     def _run_to_layer(self, index: int, before: bool) -> None:
@@ -413,79 +293,13 @@ class _Reruns(_Side):
         try:
             with own_run(self.model):
                 torch.manual_seed(self.walk.seed + index)
-                self.walk._forward(self.model, self.walk._batches[index])
+                self.walk._forward(self.model, self.walk.batches[index])
             return True
         except _LayerReached:
             return False
         finally:
             for handle in handles:
                 handle.remove()
-
-
-# Activation functions behind a layer
-
-
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU6: "relu6",
-    nn.ReLU: "relu",
-    nn.PReLU: "prelu",
-    nn.Hardtanh: "hardtanh",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ELU: "elu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.Softplus: "softplus",
-}
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The activation function that alone takes a layer's result.
-
-    Attributes:
-        name: ``relu``, ``relu6``, ``prelu``, ``gelu``, ... as in ``torch.nn.functional``.
-        module: the module that computes it, or None if a function does.
-    """
-
-    name: str
-    module: nn.Module | None
-    _function: Callable[[torch.Tensor], torch.Tensor]
-
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        """The activation of a tensor, which is left as it was."""
-        return self._function(input)
-
-
-def _activation(program: Program, model: nn.Module, path: str) -> Activation | None:
-    number = program.plain.single_consumer(path)
-    if number is None:
-        return None
-    step = program.steps[number]
-    if step.kind == "module":
-        module = model.get_submodule(step.name)
-        for cls, name in _ACTIVATIONS.items():
-            if isinstance(module, cls):
-                if getattr(module, "inplace", False):
-                    return Activation(name, module, lambda x: module(x.clone()))
-                return Activation(name, module, module)
-        return None
-    name = step.name.removeprefix("aten::").rstrip("_")
-    if name == "hardtanh" and step.arguments.build([torch.empty(0)])[0][1:] == (0, 6):
-        name = "relu6"
-    if name not in _ACTIVATIONS.values() or len(step.inputs) != 1 or step.function is None:
-        return None
-    function = step.function
-
-    def call(input: torch.Tensor) -> torch.Tensor:
-        args, kwargs = step.arguments.build([input.clone() if step.name.endswith("_") else input])
-        return function(*args, **kwargs)
-
-    return Activation(name, None, call)
 
 
 # The walk
@@ -518,7 +332,7 @@ class WalkReport:
 
 
 class Visit:
-    """A layer, with what goes in and what comes out on each batch.
+    """A layer, with what goes in and what comes out on each batch, until the next visit begins.
 
     Attributes:
         path: the layer's path in both models.
@@ -548,7 +362,7 @@ class Visit:
     def _inputs(side: _Side | None) -> Sequence[torch.Tensor]:
         if side is None:
             return ()
-        length = len(side.walk._batches)
+        length = len(side.walk.batches)
         return _Lazy(length, lambda i: _first_tensor(side.arguments(i)))
 
     @property
@@ -626,7 +440,6 @@ class StreamingWalk:
         if not self._models:
             raise ValueError("float_model, quant_model: expected at least one model, got None")
         self.seed = seed
-        self.progress = progress
         self._source = batches
         self._forward_fn = forward_fn
         if memory_budget is None:
@@ -635,10 +448,24 @@ class StreamingWalk:
             raise ValueError(f"memory_budget: expected at least 0 bytes, got {memory_budget}")
         folder = tempfile.gettempdir() if scratch_dir is None else os.fspath(scratch_dir)
         self._store = _core.ActivationStore(memory_budget, folder)
-        self._batches = _LiveBatches(self._store)
+        self._batches = LiveBatches(self._store)
         self._sides: dict[str, _Side] = {}
         self._records: dict[str, Program] = {}
+        self._progress = progress
+        self._bar: Any = None
         self.report = WalkReport(memory_budget=memory_budget)
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The batches, as they go into the models; loaded when first asked for."""
+        if not len(self._batches):
+            self._take_batches()
+        return self._batches
+
+    def note(self, text: str) -> None:
+        """Shows a short text, such as the last loss, beside the progress bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
 
     def visit(self, paths: Iterable[str]) -> Iterator[Visit]:
         """Walks once; yields the layers in the order in which they first run.
@@ -652,11 +479,14 @@ class StreamingWalk:
             for model in self._models.values():
                 stack.enter_context(in_evaluation_mode(model))
             stack.callback(self._close)
-            self._take_batches()
             order = self._order(paths)
-            for path in tqdm(order, desc=self.progress, disable=self.progress is None):
-                yield self._come_to(path, order)
+            self._bar = stack.enter_context(
+                tqdm(order, self._progress, disable=self._progress is None, unit="layer")
+            )
+            for path in self._bar:
+                yield self._come_to(path)
                 self.report.visited.append(path)
+                self._account()
 
     def _device(self) -> torch.device:
         for model in self._models.values():
@@ -674,6 +504,8 @@ class StreamingWalk:
                     raise ValueError(
                         f"paths: expected paths of modules, got {path!r}, which is none"
                     ) from None
+                if isinstance(modules[path], torch.jit.ScriptModule):
+                    raise ValueError(f"paths: expected layers, got {path!r}, a compiled module")
             chosen = {id(module): path for path, module in modules.items()}
             for path, module in modules.items():
                 inner = (chosen.get(id(part)) for part in module.modules() if part is not module)
@@ -694,10 +526,7 @@ class StreamingWalk:
             raise ValueError("batches: expected at least one batch, got none")
 
     def _forward(self, model: nn.Module, batch: Any) -> Any:
-        if self._forward_fn is not None:
-            return self._forward_fn(model, batch)
-        args, kwargs = bind_inputs(model, batch)
-        return model(*args, **kwargs)
+        return (self._forward_fn or forward)(model, batch)
 
     def _order(self, paths: list[str]) -> list[str]:
         """Prepares both sides; returns the paths that run, in order."""
@@ -710,6 +539,9 @@ class StreamingWalk:
                 side = self._rerun(name, str(error))
             self._sides[name] = side
             places.append(side.order(paths))
+        if self._store.usage()["spilled"]:
+            # Memory for the activations: the batches themselves are hardly needed any more.
+            self._batches.evict()
         for path in paths:
             if not all(path in place for place in places):
                 self.report.not_run[path] = "it does not run as a module on the first batch"
@@ -719,16 +551,22 @@ class StreamingWalk:
 
     def _programs(self, name: str, model: nn.Module, paths: list[str]) -> dict[Any, Program]:
         """A trusted program for each signature: recorded on its first batch, verified on its
-        second.
+        last.
         """
         by_signature: dict[Any, list[int]] = {}
-        for index, batch in enumerate(self._batches):
+        for index, batch in enumerate(self.batches):
             by_signature.setdefault(signature_of(batch), []).append(index)
         programs: dict[Any, Program] = {}
         for signature, members in by_signature.items():
-            program, _ = record_program(model, self._batches[members[0]], self._forward, paths)
+            program, _ = record_program(model, self.batches[members[0]], self._forward, paths)
             self._records.setdefault(name, program)
-            verify(program, model, self._batches[members[min(1, len(members) - 1)]], self._forward)
+            try:
+                verify(program, model, self.batches[members[-1]], self._forward)
+            except ReplayError as error:
+                if error.reason not in (Reason.GUARD, Reason.SHAPE):
+                    raise
+                # It decides otherwise, and will get a program of its own. This one needs its proof still.
+                verify(program, model, self.batches[members[0]], self._forward)
             programs[signature] = program
         return programs
 
@@ -744,7 +582,7 @@ class StreamingWalk:
         self.report.reasons[name] = reason
         return _Reruns(model, self)
 
-    def _come_to(self, path: str, order: list[str]) -> Visit:
+    def _come_to(self, path: str) -> Visit:
         for name, side in self._sides.items():
             try:
                 side.come_to(path)
@@ -757,7 +595,7 @@ class StreamingWalk:
                 self._sides[name].come_to(path)
         activation = None
         for name, program in self._records.items():
-            activation = _activation(program, self._models[name], path)
+            activation = following_activation(program, self._models[name], path)
             break
         return Visit(path, self._sides.get("float"), self._sides.get("quant"), activation)
 
@@ -765,6 +603,9 @@ class StreamingWalk:
         for side in self._sides.values():
             side.close()
         self._batches.clear()
+        self._account()
+
+    def _account(self) -> None:
         usage = self._store.usage()
         self.report.peak_resident_bytes = usage["peak_resident"]
         self.report.spilled_bytes = usage["spilled"]

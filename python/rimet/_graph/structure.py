@@ -74,6 +74,14 @@ class Structure:
             return 1
         return sum(part.num_leaves for part in self.parts)
 
+    def describe(self) -> str:
+        """Containers, keys and values as text; objects without equality as their class."""
+        if self.kind == "tensor":
+            return "tensor"
+        key = self.cls.__qualname__ if isinstance(self.key, _ByIdentity) else repr(self.key)
+        inner = ", ".join(part.describe() for part in self.parts)
+        return f"{self.kind} {self.cls.__qualname__} {key} ({inner})"
+
     def matches(self, other: Structure) -> bool:
         """Equality, but objects that only equal themselves match objects of the same class."""
         if self.kind != other.kind or self.cls is not other.cls:

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rimet._graph.replay import (
-    Reason,
-    Replay,
-    ReplayError,
-    bits_equal,
-    record_program,
-    signature_of,
-    verify,
-)
+from rimet._graph import record
+from rimet._graph.program import Reason, ReplayError, bits_equal, signature_of
+from rimet._graph.program_recorder import record_program
+from rimet._graph.replay import Replay, verify
 from rimet._graph.structure import flatten
 from torch import nn
 
@@ -135,6 +130,17 @@ def test_scripted_functions_vmap_and_autocast() -> None:
     assert "aten::relu" in names and "aten::cumsum" in names
     x = torch.randn(2, 2)
     assert_same(program.run(model, x), own(model, x))
+
+
+def test_compiled_modules_are_recorded_by_their_operators() -> None:
+    part = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(3, 3), part, nn.Linear(3, 2))
+    program, _ = record_program(model, torch.randn(2, 3))
+    verify(program, model, torch.randn(2, 3))
+    assert [step.name for step in program.steps if step.kind == "module"] == ["0", "2"]
+    assert "aten::relu" in [step.name for step in program.steps]
+    graph = record(model, (torch.randn(2, 3),)).graph
+    assert [node["module"] for node in graph.nodes()] == ["0", "1", "2"]
 
 
 class Branching(nn.Module):
