@@ -3,14 +3,16 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 9] = [
     "schemas.cpp",
+    "adaround.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
     "cuda.cpp",
     "min_max.cpp",
     "rust_api.cpp",
+    "seq_mse.cpp",
 ];
 
 fn main() {

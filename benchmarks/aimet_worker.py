@@ -45,18 +45,24 @@ def qdq(
     symmetric: bool,
     block: list[int] | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
+    calls: int = 1,
 ) -> Call:
-    """The function ``quantize_dequantize`` without gradients."""
-    x = _normal(shape, dtype)
+    """The function ``quantize_dequantize`` without gradients, ``calls`` times."""
+    x = _normal(shape, dtype).to(device)
     qmin, qmax = _grid(bits, symmetric)
-    scale = torch.full(encoding, 8.0 / (qmax - qmin))
-    offset = torch.full(encoding, 0.0 if symmetric else -float((qmax + 1) // 2))
+    scale = torch.full(encoding, 8.0 / (qmax - qmin), device=device)
+    offset = torch.full(encoding, 0.0 if symmetric else -float((qmax + 1) // 2), device=device)
 
     def call() -> Tensor:
         with torch.no_grad():
-            return affine.quantize_dequantize(
-                x, scale, offset, qmin=qmin, qmax=qmax, block_size=block
-            )
+            for _ in range(calls):
+                y = affine.quantize_dequantize(
+                    x, scale, offset, qmin=qmin, qmax=qmax, block_size=block
+                )
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return y
 
     return call
 

@@ -50,36 +50,13 @@ at::ScalarType AffineArgs::compute_type(at::ScalarType input) const {
 
 namespace {
 
-// The two encoding tensors as contiguous arrays of the compute type.
-struct Encodings {
-  Tensor first;
-  Tensor second;
-
-  Encodings(const AffineArgs& args, const Tensor& input, const Tensor& a, const Tensor& b) {
-    const char* a_name = args.is_range ? "min" : "scale";
-    const char* b_name = args.is_range ? "max" : "offset";
-    TORCH_CHECK_VALUE(a.sizes() == b.sizes(), "rimet::", args.name, ": ", b_name,
-                      ": expected the shape of ", a_name, " ", a.sizes(), ", got ", b.sizes());
-    TORCH_CHECK(a.device() == input.device() && b.device() == input.device(), "rimet::", args.name,
-                ": ", a_name, ", ", b_name, ": expected the input's device ", input.device(),
-                ", got ", a.device(), " and ", b.device());
-    TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()) && at::isFloatingType(b.scalar_type()),
-                     "rimet::", args.name, ": ", a_name, ", ", b_name,
-                     ": expected floating-point tensors, got ", a.scalar_type(), " and ",
-                     b.scalar_type());
-    const auto type = args.compute_type(input.scalar_type());
-    first = convert(a, type);
-    second = convert(b, type);
+Tensor as_array(const Tensor& t, at::ScalarType type) {
+  if (t.scalar_type() == type && t.is_contiguous()) {
+    return t;
   }
-
-  static Tensor convert(const Tensor& t, at::ScalarType type) {
-    if (t.scalar_type() == type && t.is_contiguous()) {
-      return t;
-    }
-    return t.to(type, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous)
-        .contiguous();
-  }
-};
+  return t.to(type, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous)
+      .contiguous();
+}
 
 RimetAffine engine_args(const AffineArgs& args, at::ScalarType input, at::IntArrayRef encoding,
                         const void* first, const void* second) {
@@ -100,12 +77,30 @@ RimetAffine engine_args(const AffineArgs& args, at::ScalarType input, at::IntArr
   return a;
 }
 
+}  // namespace
+
+Encodings::Encodings(const AffineArgs& args, const Tensor& input, const Tensor& a,
+                     const Tensor& b) {
+  const char* a_name = args.is_range ? "min" : "scale";
+  const char* b_name = args.is_range ? "max" : "offset";
+  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), "rimet::", args.name, ": ", b_name,
+                    ": expected the shape of ", a_name, " ", a.sizes(), ", got ", b.sizes());
+  TORCH_CHECK(a.device() == input.device() && b.device() == input.device(), "rimet::", args.name,
+              ": ", a_name, ", ", b_name, ": expected the input's device ", input.device(),
+              ", got ", a.device(), " and ", b.device());
+  TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()) && at::isFloatingType(b.scalar_type()),
+                   "rimet::", args.name, ": ", a_name, ", ", b_name,
+                   ": expected floating-point tensors, got ", a.scalar_type(), " and ",
+                   b.scalar_type());
+  const auto type = args.compute_type(input.scalar_type());
+  first = as_array(a, type);
+  second = as_array(b, type);
+}
+
 RimetAffine engine_args(const AffineArgs& args, const Tensor& input, const Encodings& e) {
   return engine_args(args, input.scalar_type(), e.first.sizes(), e.first.const_data_ptr(),
                      e.second.const_data_ptr());
 }
-
-}  // namespace
 
 // The kernels of a device are given as functions of the engine's arguments, which are the same on
 // all.

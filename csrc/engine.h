@@ -45,6 +45,33 @@ int32_t rimet_range_to_scale_offset_backward(const RimetAffine*, int64_t n, cons
                                              void* grad_max);
 int32_t rimet_min_max(const RimetView* input, const int64_t* encoding, int64_t encoding_ndim,
                       const int64_t* block, int64_t block_len, void* min, void* max);
+
+// AdaRound. Every tensor has the input's dtype and layout.
+struct RimetAdaroundStep {
+  void* alpha;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* output;
+  const void* grad;
+  int64_t step;
+  double learning_rate;
+  double reg_param;
+  double beta;
+};
+int32_t rimet_adaround_forward(const RimetAffine*, const RimetView* input, const void* alpha,
+                               int32_t soft, void* output);
+int32_t rimet_adaround_backward(const RimetAffine*, const RimetView* input, const void* alpha,
+                                const void* grad, void* grad_alpha);
+int32_t rimet_adaround_regularizer(const void* alpha, int32_t dtype, int64_t n, double beta,
+                                   double* result);
+int32_t rimet_adaround_regularizer_backward(const void* alpha, int32_t dtype, int64_t n,
+                                            double beta, double grad, void* grad_alpha);
+int32_t rimet_adaround_step(const RimetAffine*, const RimetView* input, const RimetAdaroundStep*);
+
+// Sums along the rows of contiguous arrays: kind 0 (a - b)^2, 1 |a - b|, 2 a * b; b may be null.
+int32_t rimet_row_sums(int32_t kind, const void* a, const void* b, int32_t dtype, int64_t rows,
+                       int64_t columns, double* sums);
+
 const char* rimet_isa();
 
 // The same on a CUDA device; pointers are to its memory. One more status: 4, there is no kernel

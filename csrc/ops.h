@@ -62,6 +62,15 @@ Tensor affine_forward_meta(const AffineArgs&, const Tensor& input, const Tensor&
 Grads affine_backward_meta(const AffineArgs&, const Tensor& grad, const Tensor& input,
                            const Tensor& first, const Tensor& second, Mask);
 
+// The two encoding tensors, checked, as contiguous arrays of the compute type.
+struct Encodings {
+  Tensor first;
+  Tensor second;
+
+  Encodings(const AffineArgs&, const Tensor& input, const Tensor& first, const Tensor& second);
+};
+RimetAffine engine_args(const AffineArgs&, const Tensor& input, const Encodings&);
+
 // Raises the engine's error if the status says so.
 void check_status(int32_t status, const char* op);
 RimetView view_of(const Tensor& tensor);
@@ -101,5 +110,12 @@ void register_min_max_cpu(torch::Library&);
 void register_min_max_cuda(torch::Library&);
 void register_min_max_composite(torch::Library&);
 void register_min_max_meta(torch::Library&);
+void register_adaround_cpu(torch::Library&);
+void register_adaround_composite(torch::Library&);
+void register_adaround_meta(torch::Library&);
+void register_adaround_autograd(torch::Library&);
+void register_seq_mse_cpu(torch::Library&);
+void register_seq_mse_composite(torch::Library&);
+void register_seq_mse_meta(torch::Library&);
 
 }  // namespace rimet

@@ -101,4 +101,74 @@ int32_t rimet_op_min_max(const Tensor* input, const int64_t* shape, int64_t ndim
   });
 }
 
+// The grid and block size of the AdaRound ops are RimetAffine's.
+int32_t rimet_op_adaround_quantize_dequantize(const RimetAffine* a, const Tensor* input,
+                                              const Tensor* alpha, const Tensor* scale,
+                                              const Tensor* offset, int32_t soft_rounding,
+                                              Tensor** output) {
+  return guarded([&] {
+    using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                             int64_t, bool, Block);
+    const at::IntArrayRef sizes(a->block, a->block_len > 0 ? a->block_len : 0);
+    *output = new Tensor(call<Signature>("rimet::adaround_quantize_dequantize", *input, *alpha,
+                                         *scale, *offset, a->qmin, a->qmax, soft_rounding != 0,
+                                         a->block_len >= 0 ? Block(sizes) : Block(std::nullopt)));
+  });
+}
+
+int32_t rimet_op_adaround_regularizer(const Tensor* alpha, double beta, Tensor** output) {
+  return guarded([&] {
+    *output = new Tensor(
+        call<Tensor(const Tensor&, double)>("rimet::adaround_regularizer", *alpha, beta));
+  });
+}
+
+// tensors: alpha, exp_avg, exp_avg_sq, output, grad, input, scale, offset.
+int32_t rimet_op_adaround_step(const RimetAffine* a, Tensor* const* tensors, int64_t step,
+                               double learning_rate, double reg_param, double beta) {
+  return guarded([&] {
+    using Signature =
+        void(Tensor&, Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+             const Tensor&, int64_t, int64_t, Block, int64_t, double, double, double);
+    const at::IntArrayRef sizes(a->block, a->block_len > 0 ? a->block_len : 0);
+    call<Signature>("rimet::adaround_step_", *tensors[0], *tensors[1], *tensors[2], *tensors[3],
+                    *tensors[4], *tensors[5], *tensors[6], *tensors[7], a->qmin, a->qmax,
+                    a->block_len >= 0 ? Block(sizes) : Block(std::nullopt), step, learning_rate,
+                    reg_param, beta);
+  });
+}
+
+// The weight's gradient of a convolution alone; every list has dims entries.
+int32_t rimet_op_convolution_weight_gradient(const Tensor* grad, const Tensor* input,
+                                             const Tensor* weight, const int64_t* stride,
+                                             const int64_t* padding, const int64_t* dilation,
+                                             const int64_t* output_padding, int64_t dims,
+                                             int32_t transposed, int64_t groups,
+                                             Tensor** grad_weight) {
+  return guarded([&] {
+    const auto list = [&](const int64_t* values) { return at::IntArrayRef(values, dims); };
+    auto result = at::convolution_backward(
+        *grad, *input, *weight, at::OptionalIntArrayRef(std::nullopt), list(stride), list(padding),
+        list(dilation), transposed != 0, list(output_padding), groups, {false, true, false});
+    *grad_weight = new Tensor(std::get<1>(result));
+  });
+}
+
+// target may be null.
+int32_t rimet_op_reconstruction_error(const Tensor* output, const Tensor* target, const char* loss,
+                                      Tensor** errors) {
+  return guarded([&] {
+    using Signature = Tensor(const Tensor&, const std::optional<Tensor>&, c10::string_view);
+    *errors = new Tensor(
+        call<Signature>("rimet::reconstruction_error", *output,
+                        target != nullptr ? std::optional<Tensor>(*target) : std::nullopt, loss));
+  });
+}
+
+int32_t rimet_op_row_dot(const Tensor* a, const Tensor* b, Tensor** dots) {
+  return guarded([&] {
+    *dots = new Tensor(call<Tensor(const Tensor&, const Tensor&)>("rimet::row_dot", *a, *b));
+  });
+}
+
 }  // extern "C"

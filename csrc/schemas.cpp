@@ -44,6 +44,20 @@ const char* const kSchemas[] = {
     " -> (Tensor, Tensor, Tensor)",
     "range_to_scale_offset_backward(Tensor grad_scale, Tensor grad_offset, Tensor min, Tensor max,"
     " int qmin, int qmax, bool symmetric) -> (Tensor, Tensor)",
+    // AdaRound: weights with a learned rounding, its regularizer, and one fused optimization step.
+    "adaround_quantize_dequantize(Tensor input, Tensor alpha, Tensor scale, Tensor offset, int "
+    "qmin, int qmax, bool soft_rounding=True, int[]? block_size=None) -> Tensor",
+    "adaround_quantize_dequantize_backward(Tensor grad, Tensor input, Tensor alpha, Tensor scale,"
+    " Tensor offset, int qmin, int qmax, int[]? block_size) -> Tensor",
+    "adaround_regularizer(Tensor alpha, float beta) -> Tensor",
+    "adaround_regularizer_backward(Tensor grad, Tensor alpha, float beta) -> Tensor",
+    "adaround_step_(Tensor(a!) alpha, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) output,"
+    " Tensor grad, Tensor input, Tensor scale, Tensor offset, int qmin, int qmax, int[]? "
+    "block_size,"
+    " *, int step, float learning_rate, float reg_param, float beta) -> ()",
+    // Sequential MSE: sums along the last dimension, float32 terms in float64.
+    "reconstruction_error(Tensor output, Tensor? target=None, str loss='mse') -> Tensor",
+    "row_dot(Tensor a, Tensor b) -> Tensor",
     // The version of the library that registered the ops.
     "_version() -> str",
 };
@@ -64,6 +78,8 @@ void register_all() {
   auto& cpu = library(torch::Library::IMPL, c10::DispatchKey::CPU);
   register_affine_cpu(cpu);
   register_min_max_cpu(cpu);
+  register_adaround_cpu(cpu);
+  register_seq_mse_cpu(cpu);
 
   // Where no CUDA kernel can be had, these go on with tensor ops themselves.
   auto& cuda = library(torch::Library::IMPL, c10::DispatchKey::CUDA);
@@ -74,17 +90,24 @@ void register_all() {
   auto& composite = library(torch::Library::IMPL, c10::DispatchKey::CompositeExplicitAutograd);
   register_affine_composite(composite);
   register_min_max_composite(composite);
+  register_adaround_composite(composite);
+  register_seq_mse_composite(composite);
 
   auto& meta = library(torch::Library::IMPL, c10::DispatchKey::Meta);
   register_affine_meta(meta);
   register_min_max_meta(meta);
+  register_adaround_meta(meta);
+  register_seq_mse_meta(meta);
 
   auto& autograd = library(torch::Library::IMPL, c10::DispatchKey::Autograd);
   register_affine_autograd(autograd);
+  register_adaround_autograd(autograd);
   // These have no derivative: asking for one is an error, not a silent zero.
   for (const char* name :
        {"min_max", "quantize_backward", "dequantize_backward", "quantize_dequantize_backward",
-        "quantize_dequantize_range_backward", "range_to_scale_offset_backward"}) {
+        "quantize_dequantize_range_backward", "range_to_scale_offset_backward",
+        "adaround_quantize_dequantize_backward", "adaround_regularizer_backward", "adaround_step_",
+        "reconstruction_error", "row_dot"}) {
     autograd.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 

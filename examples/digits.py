@@ -120,20 +120,6 @@ class DigitsNet(nn.Module):
         return self.classifier(self.flatten(x))
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Merge each BatchNorm into the convolution before it, as inference engines do (in place).
-
-    A BatchNorm that follows no convolution stays.
-    """
-    for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for i in range(len(block) - 1):
-            conv, norm = block[i], block[i + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                block[i] = nn.utils.fuse_conv_bn_eval(conv, norm)
-                block[i + 1] = nn.Identity()
-    return model
-
-
 def train(
     model: nn.Module,
     data: Split,
@@ -173,7 +159,7 @@ def train(
 
 
 def train_float_model(data: Split, *, epochs: int = 24, seed: int = 0) -> DigitsNet:
-    """A trained `DigitsNet`, batch norms folded into its convolutions, in eval mode.
+    """A trained `DigitsNet` with its batch norms, in eval mode.
 
     SGD with a high learning rate and weight decay on every parameter, the usual recipe for models
     of this kind, and for the usual reason hard to quantize afterwards: weight decay shrinks the
@@ -183,7 +169,6 @@ def train_float_model(data: Split, *, epochs: int = 24, seed: int = 0) -> Digits
     model = DigitsNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-2)
     train(model, data, optimizer, epochs=epochs, seed=seed, description="training FP32")
-    fold_batch_norms(model)
     return model
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import rimet
 import torch
-from digits import DigitsNet, accuracy, fold_batch_norms, load_digits, train, train_float_model
+from digits import DigitsNet, accuracy, load_digits, train, train_float_model
+from rimet.batch_norm_fold import fold_all_batch_norms
 from rimet.common.defs import QuantScheme
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +42,7 @@ def main() -> int:
     torch.set_num_threads(1)
     training, test = load_digits()
     model = train_float_model(training, epochs=epochs)
+    fold_all_batch_norms(model, (1, 1, 8, 8))
     print(f"FP32                          {accuracy(model, test):6.2f} %")
 
     # Ranges start from data; training then moves them.
@@ -61,7 +63,9 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "qat_w4a4.pt"
     torch.save(sim.model.state_dict(), path)
-    restored = simulate(fold_batch_norms(DigitsNet().eval()), test.images[:1])
+    empty = DigitsNet().eval()
+    fold_all_batch_norms(empty, (1, 1, 8, 8))
+    restored = simulate(empty, test.images[:1])
     restored.model.load_state_dict(torch.load(path, weights_only=True))
     with torch.no_grad():
         same = torch.equal(restored.model(test.images), sim.model(test.images))

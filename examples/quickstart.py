@@ -9,6 +9,7 @@ Every number printed is measured in this run.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -23,14 +24,19 @@ from pathlib import Path
 import rimet
 import torch
 from digits import Split, accuracy, load_digits, train, train_float_model
+from rimet.batch_norm_fold import fold_all_batch_norms
+from rimet.bias_correction import correct_bias
 from rimet.common.defs import QuantScheme
 from rimet.common.quantsim_config.utils import (
     get_path_for_per_channel_config,
     get_path_for_per_tensor_config,
 )
+from rimet.cross_layer_equalization import equalize_model
+from rimet.quantsim import QuantParams
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from unbalanced import INPUT_SHAPE, unbalance, with_relu
 
 HERE = Path(__file__).resolve().parent
 
@@ -93,6 +99,36 @@ def forward_ratio(model: nn.Module, reference: nn.Module, images: Tensor, repeat
             if turn > 0:  # the first turn warms up
                 collected.append(time.perf_counter() - start)
     return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def recover(
+    trained: nn.Module, calibration: Split, test: Split, repeats: int
+) -> tuple[list[Row], float]:
+    """A model with unbalanced channels at W8A8 with one scale per tensor: as it is, and with
+    cross-layer equalization, high-bias absorption and bias correction.
+
+    Returns the table and the milliseconds that these took.
+    """
+    model = with_relu(trained)
+    unbalance(model)
+    plain = copy.deepcopy(model)
+    fold_all_batch_norms(plain, INPUT_SHAPE)
+    rows = [Row("FP32, unbalanced", accuracy(plain, test), size_kib(plain), None, 1.0)]
+
+    start = time.perf_counter()
+    equalize_model(model, INPUT_SHAPE)
+    params = QuantParams(8, 8, "nearest", QuantScheme.min_max, get_path_for_per_tensor_config())
+    correct_bias(model, params, len(calibration), [calibration.images], len(calibration))
+    spent = 1e3 * (time.perf_counter() - start)
+
+    for name, float_model in (("W8A8 per-tensor", plain), ("  equalized, corrected", model)):
+        sim, milliseconds = quantize(
+            float_model, calibration, weights=8, activations=8, per_channel=False
+        )
+        ratio = forward_ratio(sim.model, float_model, test.images, repeats)
+        result = accuracy(sim.model, test)
+        rows.append(Row(name, result, size_kib(sim.model), milliseconds, ratio))
+    return rows, spent
 
 
 def print_table(rows: list[Row]) -> None:
@@ -159,6 +195,8 @@ def main() -> int:
 
     start = time.perf_counter()
     model = train_float_model(training, epochs=epochs)
+    trained = copy.deepcopy(model)
+    fold_all_batch_norms(model, INPUT_SHAPE)
     print(f"Trained a float model in {time.perf_counter() - start:.1f} s; batch norms folded.")
     rows = [Row("FP32", accuracy(model, test), size_kib(model), None, 1.0)]
 
@@ -184,6 +222,10 @@ def main() -> int:
     measure(f"W4A4, QAT {qat_epochs} epochs", sim, milliseconds)
     print_table(rows)
 
+    unbalanced, spent = recover(trained, calibration, test, repeats)
+    print_table(unbalanced)
+    print(f"Equalization and bias correction took {spent:.0f} ms.")
+
     sim.export(str(out), "digits_w4a4", test.images[:1], export_to_torchscript=True)
     with torch.no_grad():
         logits = sim.model(test.images)
@@ -203,6 +245,7 @@ def main() -> int:
     seconds = time.perf_counter() - began
     report = {
         "rows": [asdict(row) for row in rows],
+        "unbalanced": [asdict(row) for row in unbalanced],
         "logits_agree": agreed,
         "seconds": seconds,
         "smoke": arguments.smoke,

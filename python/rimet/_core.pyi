@@ -8,7 +8,10 @@ __all__ = [
     "Graph",
     "GraphBuilder",
     "HistogramStatistics",
+    "LinearMap",
     "QuantSimConfig",
+    "adaround_layer",
+    "adaround_learning_rate",
     "absorb_bias",
     "batch_norm_affine",
     "canonical_function",
@@ -37,6 +40,7 @@ __all__ = [
     "passthrough_functions",
     "read_encodings",
     "registered_version",
+    "seq_mse_layer",
     "scale_quantizer_range",
 ]
 
@@ -181,6 +185,46 @@ class QuantSimConfig:
     @property
     def symmetric_params(self) -> Any: ...
 
+@final
+class LinearMap:
+    @staticmethod
+    def convolution(
+        *,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        output_padding: Any,
+        transposed: Any,
+        groups: Any,
+        pad: Any = ...,
+        pad_mode: Any = ...,
+    ) -> LinearMap: ...
+    @staticmethod
+    def linear() -> LinearMap: ...
+
+def adaround_layer(
+    map: LinearMap,
+    weight: Any,
+    bias: Any,
+    inputs: Any,
+    targets: Any,
+    scale: Any,
+    offset: Any,
+    *,
+    qmin: Any,
+    qmax: Any,
+    block_size: Any,
+    activation: Any,
+    num_iterations: Any,
+    reg_param: Any,
+    beta_range: Any,
+    warm_start: Any,
+    learning_rate: Any,
+    early_stop: Any,
+    seed: Any,
+    progress: Any = ...,
+) -> dict[str, Any]: ...
+def adaround_learning_rate(num_iterations: int) -> float: ...
 def absorb_bias(first: Any, second: Any, gamma_beta: Any, factor: Any, activation: Any) -> Any: ...
 def batch_norm_affine(norm: Any) -> Any: ...
 def canonical_function(name: Any) -> Any: ...
@@ -217,4 +261,23 @@ def onnx_type_table() -> Any: ...
 def passthrough_functions() -> Any: ...
 def read_encodings(text: Any) -> Any: ...
 def registered_version() -> str: ...
+def seq_mse_layer(
+    map: LinearMap,
+    weight: Any,
+    min: Any,
+    max: Any,
+    float_inputs: Any,
+    quant_inputs: Any,
+    *,
+    qmin: Any,
+    qmax: Any,
+    symmetric: Any,
+    shape: Any,
+    block_size: Any,
+    grouping: Any,
+    num_candidates: Any,
+    inp_symmetry: Any,
+    loss: Any,
+    progress: Any = ...,
+) -> dict[str, Any]: ...
 def scale_quantizer_range(min: Any, max: Any, scale: Any) -> Any: ...

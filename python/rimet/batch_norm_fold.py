@@ -12,7 +12,6 @@ in evaluation mode is the affine map :math:`x \mapsto a x + c` per channel, so
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,8 +40,6 @@ __all__ = [
     "fold_all_batch_norms_to_scale",
     "fold_given_batch_norms",
 ]
-
-logger = logging.getLogger(__name__)
 
 BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
 Pair: TypeAlias = tuple[Layer, BatchNorm]
@@ -96,7 +93,9 @@ def fold_all(model: nn.Module, input_shapes: Any, dummy_input: Any) -> Folds:
     folds = _find(model, input_shapes, dummy_input)
     _fold(model, folds.backward, folds.forward)
     for norm in folds.standalone:
-        _to_affine_form(norm)
+        # The ranges of a quantized norm belong to the parameters it has.
+        if not isinstance(norm, BaseQuantizationMixin):
+            _to_affine_form(norm)
     return folds
 
 

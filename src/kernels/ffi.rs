@@ -255,6 +255,8 @@ macro_rules! for_types {
     };
 }
 
+mod ptq;
+
 unsafe fn forward<T: Element<C>, C: Compute>(
     affine: &Affine,
     input: &View,

@@ -4,7 +4,17 @@
 //! `torch.ops.rimet.*` in Python. Shapes, dtypes and block sizes follow `docs/architecture.md`; the
 //! formulas are in `docs/numerics.md`.
 
+mod adaround;
+mod convolution;
 mod ffi;
+mod seq_mse;
+
+pub use adaround::{
+    adaround_quantize_dequantize, adaround_regularizer, adaround_step, AdaroundState, AdaroundStep,
+    GAMMA, ZETA,
+};
+pub use convolution::{convolution_weight_gradient, Convolution};
+pub use seq_mse::{reconstruction_error, row_dot};
 
 use crate::encoding::AffineGrid;
 use crate::error::Result;

@@ -4,9 +4,14 @@
 //! may be on any device. Arithmetic on parameters is float64 inside and rounded once, to the dtype that came.
 
 pub mod activation_store;
+pub mod adaround;
 pub mod batch_norm_fold;
 pub mod bias_correction;
 pub mod cross_layer_equalization;
 mod layer;
+pub mod linear_map;
+pub mod random;
+mod rows;
+pub mod seq_mse;
 
 pub use layer::Layer;

@@ -5,6 +5,7 @@
 use pyo3::prelude::*;
 
 mod activation_store;
+mod adaround;
 mod backend;
 mod batch_norm_fold;
 mod bias_correction;
@@ -13,13 +14,16 @@ mod cross_layer_equalization;
 mod error;
 mod export;
 mod graph;
+mod linear_map;
 mod program;
+mod seq_mse;
 
 /// The compiled engine of rimet. Private: use the package `rimet`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pyo3_log::try_init().ok();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    adaround::register(module)?;
     activation_store::register(module)?;
     backend::register(module)?;
     batch_norm_fold::register(module)?;
@@ -28,6 +32,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     calibration::register(module)?;
     export::register(module)?;
     graph::register(module)?;
+    linear_map::register(module)?;
+    seq_mse::register(module)?;
     program::register(module)?;
     Ok(())
 }

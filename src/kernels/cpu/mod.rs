@@ -2,16 +2,20 @@
 //! run time. Every width computes the same operations in the same order (16 lanes, fixed reduction
 //! order), so the results are equal bit for bit whatever the processor and the number of threads.
 
+pub mod adaround;
 pub mod affine;
 mod element;
 pub mod isa;
+mod math;
 pub mod min_max;
 mod parallel;
 mod range;
 mod reduce;
+pub mod seq_mse;
 mod vector;
 mod walk;
 
 pub use element::{Compute, Element};
+pub use math::Transcendental;
 pub use parallel::GRAIN;
 pub use range::{range_to_scale_offset, RangeGradient};

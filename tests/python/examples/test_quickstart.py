@@ -75,15 +75,29 @@ def test_numbers_are_consistent(quickstart: tuple[Path, str]) -> None:
     assert all(rows[name]["calibration_ms"] > 0 for name in ROWS[1:])
 
 
+def test_unbalanced_model_recovers(quickstart: tuple[Path, str]) -> None:
+    out, printed = quickstart
+    rows = json.loads((out / "quickstart.json").read_text())["unbalanced"]
+    names = ["FP32, unbalanced", "W8A8 per-tensor", "  equalized, corrected"]
+    assert [row["name"] for row in rows] == names
+    floating, plain, recovered = (row["accuracy"] for row in rows)
+    assert plain < floating - 10
+    # One point in the full run; this model has hardly been trained.
+    assert recovered >= floating - 2.5
+    assert f"{recovered:.2f} %" in printed
+
+
 def test_sizes_follow_from_the_model(
     quickstart: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _ = quickstart
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from digits import DigitsNet, fold_batch_norms
+    from digits import DigitsNet
+    from rimet.batch_norm_fold import fold_all_batch_norms
     from torch import nn
 
-    model = fold_batch_norms(DigitsNet().eval())
+    model = DigitsNet().eval()
+    fold_all_batch_norms(model, (1, 1, 8, 8))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     weights = sum(m.weight.numel() for m in layers)
     biases = sum(m.bias.numel() for m in layers)

@@ -1,0 +1,384 @@
+// AdaRound: soft rounding, its regularizer, and the fused optimization step. CPU kernels of the
+// engine (src/kernels/cpu/adaround.rs), tensor ops for other devices, shapes for Meta, autograd.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops.h"
+
+namespace rimet {
+namespace {
+
+// Ends of the stretched sigmoid; as in the kernel.
+constexpr double kZeta = 1.1;
+constexpr double kGamma = -0.1;
+
+AffineArgs grid_args(const char* name, int64_t qmin, int64_t qmax, Block block) {
+  AffineArgs args(name, AffineArgs::kQuantizeDequantize);
+  args.qmin = qmin;
+  args.qmax = qmax;
+  if (block.has_value()) {
+    args.block = block->vec();
+  }
+  return args;
+}
+
+// Every tensor stands beside the weights, element by element.
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  TORCH_CHECK_VALUE(tensor.sizes() == input.sizes(), "rimet::", op, ": ", name,
+                    ": expected the shape of input ", input.sizes(), ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), "rimet::", op, ": ", name,
+                   ": expected the dtype of input ", input.scalar_type(), ", got ",
+                   tensor.scalar_type());
+}
+
+void check_beta(const char* op, double beta) {
+  TORCH_CHECK_VALUE(beta >= 1.0 && std::isfinite(beta), "rimet::", op,
+                    ": beta: expected a number of at least 1, got ", beta);
+}
+
+// ---- CPU ----------------------------------------------------------------------------------------
+
+Tensor quantize_dequantize_cpu(const Tensor& input, const Tensor& alpha, const Tensor& scale,
+                               const Tensor& offset, int64_t qmin, int64_t qmax, bool soft_rounding,
+                               Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize", qmin, qmax, block);
+  check_like(args.name, "alpha", alpha, input);
+  const Encodings encodings(args, input, scale, offset);
+  const Tensor x = dense(input);
+  const Tensor a = laid_out_as(alpha, x);
+  Tensor output = at::empty_like(x);
+  const auto affine = engine_args(args, x, encodings);
+  const auto view = view_of(x);
+  check_status(
+      rimet_adaround_forward(&affine, &view, a.const_data_ptr(), soft_rounding, output.data_ptr()),
+      args.name);
+  return output;
+}
+
+Tensor quantize_dequantize_backward_cpu(const Tensor& grad, const Tensor& input,
+                                        const Tensor& alpha, const Tensor& scale,
+                                        const Tensor& offset, int64_t qmin, int64_t qmax,
+                                        Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize_backward", qmin, qmax, block);
+  check_like(args.name, "alpha", alpha, input);
+  const Encodings encodings(args, input, scale, offset);
+  const Tensor x = dense(input);
+  const Tensor a = laid_out_as(alpha, x);
+  const Tensor g = laid_out_as(grad, x);
+  Tensor grad_alpha = at::empty_like(x);
+  const auto affine = engine_args(args, x, encodings);
+  const auto view = view_of(x);
+  check_status(rimet_adaround_backward(&affine, &view, a.const_data_ptr(), g.const_data_ptr(),
+                                       grad_alpha.data_ptr()),
+               args.name);
+  return grad_alpha;
+}
+
+at::ScalarType sum_type(const Tensor& alpha) {
+  return alpha.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor regularizer_cpu(const Tensor& alpha, double beta) {
+  check_beta("adaround_regularizer", beta);
+  const Tensor a = dense(alpha);
+  double result = 0.0;
+  check_status(rimet_adaround_regularizer(a.const_data_ptr(), static_cast<int32_t>(a.scalar_type()),
+                                          a.numel(), beta, &result),
+               "adaround_regularizer");
+  return at::full({}, result, a.options().dtype(sum_type(a)));
+}
+
+Tensor regularizer_backward_cpu(const Tensor& grad, const Tensor& alpha, double beta) {
+  const Tensor a = dense(alpha);
+  Tensor grad_alpha = at::empty_like(a);
+  check_status(rimet_adaround_regularizer_backward(
+                   a.const_data_ptr(), static_cast<int32_t>(a.scalar_type()), a.numel(), beta,
+                   grad.item<double>(), grad_alpha.data_ptr()),
+               "adaround_regularizer_backward");
+  return grad_alpha;
+}
+
+void check_step(const Tensor& alpha, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                const Tensor& output, const Tensor& grad, const Tensor& input, int64_t step,
+                double beta) {
+  const char* op = "adaround_step_";
+  for (const auto& [name, tensor] : {std::pair{"alpha", &alpha},
+                                     {"exp_avg", &exp_avg},
+                                     {"exp_avg_sq", &exp_avg_sq},
+                                     {"output", &output},
+                                     {"grad", &grad}}) {
+    check_like(op, name, *tensor, input);
+  }
+  TORCH_CHECK_VALUE(step >= 1, "rimet::", op, ": step: expected 1 or more, got ", step);
+  check_beta(op, beta);
+}
+
+void step_cpu(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& output,
+              const Tensor& grad, const Tensor& input, const Tensor& scale, const Tensor& offset,
+              int64_t qmin, int64_t qmax, Block block, int64_t step, double learning_rate,
+              double reg_param, double beta) {
+  const auto args = grid_args("adaround_step_", qmin, qmax, block);
+  check_step(alpha, exp_avg, exp_avg_sq, output, grad, input, step, beta);
+  for (const Tensor* tensor : {&alpha, &exp_avg, &exp_avg_sq, &output}) {
+    TORCH_CHECK_VALUE(input.is_non_overlapping_and_dense() && tensor->strides() == input.strides(),
+                      "rimet::adaround_step_: expected dense tensors of one layout, got strides ",
+                      input.strides(), " and ", tensor->strides());
+  }
+  const Encodings encodings(args, input, scale, offset);
+  const Tensor g = laid_out_as(grad, input);
+  const RimetAdaroundStep arguments{alpha.data_ptr(),  exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+                                    output.data_ptr(), g.const_data_ptr(), step,
+                                    learning_rate,     reg_param,          beta};
+  const auto affine = engine_args(args, input, encodings);
+  const auto view = view_of(input);
+  check_status(rimet_adaround_step(&affine, &view, &arguments), args.name);
+}
+
+// ---- tensor ops ---------------------------------------------------------------------------------
+
+// h(alpha) and its derivative.
+std::pair<Tensor, Tensor> rectified_sigmoid(const Tensor& alpha, at::ScalarType type) {
+  const Tensor sigmoid = at::sigmoid(alpha.to(type));
+  const Tensor raw = sigmoid * (kZeta - kGamma) + kGamma;
+  const Tensor h = raw.clamp(0, 1);
+  const Tensor slope = at::where(raw.eq(h), (kZeta - kGamma) * sigmoid * (1 - sigmoid),
+                                 at::zeros({}, raw.options()));
+  return {h, slope};
+}
+
+// One element of the encoding for each of the input, whatever the block geometry: dequantize of
+// zeros at scale 1 gives the offset itself.
+Tensor spread(const AffineArgs& args, const Tensor& input, const Tensor& encoding) {
+  AffineArgs plain(args.name, AffineArgs::kDequantize);
+  plain.block = args.block;
+  const Tensor zeros = at::zeros(input.sizes(), encoding.options());
+  return affine_forward_tensor_ops(plain, zeros, at::ones_like(encoding), encoding);
+}
+
+// Where soft rounding puts the input on its grid, and what the gradient needs.
+struct Soft {
+  Tensor scale, offset, base, h, slope;
+
+  Soft(const AffineArgs& args, const Tensor& input, const Tensor& alpha, const Tensor& s,
+       const Tensor& o) {
+    const auto type = args.compute_type(input.scalar_type());
+    scale = spread(args, input, s.to(type));
+    offset = spread(args, input, o.to(type));
+    base = at::floor(input.to(type) / scale);
+    std::tie(h, slope) = rectified_sigmoid(alpha, type);
+  }
+};
+
+Tensor quantize_dequantize_composite(const Tensor& input, const Tensor& alpha, const Tensor& scale,
+                                     const Tensor& offset, int64_t qmin, int64_t qmax,
+                                     bool soft_rounding, Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize", qmin, qmax, block);
+  check_like(args.name, "alpha", alpha, input);
+  const Soft soft(args, input, alpha, scale, offset);
+  const Tensor up = soft_rounding ? soft.h : alpha.ge(0).to(soft.h.scalar_type());
+  const Tensor level = (soft.base + up - soft.offset).clamp(qmin, qmax);
+  const Tensor y = (level + soft.offset) * soft.scale;
+  return at::empty_like(input).copy_(y);
+}
+
+Tensor quantize_dequantize_backward_composite(const Tensor& grad, const Tensor& input,
+                                              const Tensor& alpha, const Tensor& scale,
+                                              const Tensor& offset, int64_t qmin, int64_t qmax,
+                                              Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize_backward", qmin, qmax, block);
+  check_like(args.name, "alpha", alpha, input);
+  const Soft soft(args, input, alpha, scale, offset);
+  const Tensor level = soft.base + soft.h - soft.offset;
+  const Tensor inside = level.ge(qmin).logical_and(level.le(qmax));
+  const Tensor slope = grad.to(soft.slope.scalar_type()) * soft.scale * soft.slope;
+  const Tensor result = at::where(inside, slope, at::zeros({}, slope.options()));
+  return at::empty_like(input).copy_(result);
+}
+
+Tensor regularizer_composite(const Tensor& alpha, double beta) {
+  check_beta("adaround_regularizer", beta);
+  const auto [h, slope] = rectified_sigmoid(alpha, sum_type(alpha));
+  return (1 - (2 * h - 1).abs().pow(beta)).sum(at::kDouble).to(sum_type(alpha));
+}
+
+Tensor regularizer_backward_composite(const Tensor& grad, const Tensor& alpha, double beta) {
+  const auto [h, slope] = rectified_sigmoid(alpha, sum_type(alpha));
+  const Tensor u = 2 * h - 1;
+  const Tensor result = grad * (-2 * beta) * u.abs().pow(beta - 1) * u.sign() * slope;
+  return at::empty_like(alpha).copy_(result);
+}
+
+void step_composite(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& output,
+                    const Tensor& grad, const Tensor& input, const Tensor& scale,
+                    const Tensor& offset, int64_t qmin, int64_t qmax, Block block, int64_t step,
+                    double learning_rate, double reg_param, double beta) {
+  check_step(alpha, exp_avg, exp_avg_sq, output, grad, input, step, beta);
+  Tensor g =
+      quantize_dequantize_backward_composite(grad, input, alpha, scale, offset, qmin, qmax, block);
+  if (reg_param != 0.0) {
+    const Tensor weight = at::full({}, reg_param, alpha.options().dtype(sum_type(alpha)));
+    g = g + regularizer_backward_composite(weight, alpha, beta);
+  }
+  constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
+  exp_avg.mul_(kBeta1).add_(g, 1 - kBeta1);
+  exp_avg_sq.mul_(kBeta2).addcmul_(g, g, 1 - kBeta2);
+  const double correction = std::sqrt(1 - std::pow(kBeta2, step));
+  const Tensor scaled = exp_avg_sq.sqrt() / correction + kEpsilon;
+  alpha.addcdiv_(exp_avg, scaled, -learning_rate / (1 - std::pow(kBeta1, step)));
+  output.copy_(quantize_dequantize_composite(input, alpha, scale, offset, qmin, qmax,
+                                             /*soft_rounding=*/true, block));
+}
+
+// ---- Meta ---------------------------------------------------------------------------------------
+
+Tensor quantize_dequantize_meta(const Tensor& input, const Tensor& alpha, const Tensor& scale,
+                                const Tensor& offset, int64_t qmin, int64_t qmax, bool,
+                                Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize", qmin, qmax, block);
+  return affine_forward_meta(args, input, scale, offset);
+}
+
+Tensor quantize_dequantize_backward_meta(const Tensor&, const Tensor& input, const Tensor&,
+                                         const Tensor&, const Tensor&, int64_t, int64_t, Block) {
+  return at::empty_like(input);
+}
+
+Tensor regularizer_meta(const Tensor& alpha, double) {
+  return at::empty({}, alpha.options().dtype(sum_type(alpha)));
+}
+
+Tensor regularizer_backward_meta(const Tensor&, const Tensor& alpha, double) {
+  return at::empty_like(alpha);
+}
+
+void step_meta(Tensor&, Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+               const Tensor&, int64_t, int64_t, Block, int64_t, double, double, double) {}
+
+// ---- autograd -----------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Weights, scale and offset are constants of the rounding problem: only alpha gets a gradient.
+struct QuantizeDequantize : torch::autograd::Function<QuantizeDequantize> {
+  static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& alpha,
+                        const Tensor& scale, const Tensor& offset, int64_t qmin, int64_t qmax,
+                        const std::optional<std::vector<int64_t>>& block) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({input, alpha, scale, offset});
+    context->saved_data["qmin"] = qmin;
+    context->saved_data["qmax"] = qmax;
+    context->saved_data["block"] = block;
+    return op().call(input, alpha, scale, offset, qmin, qmax, true, as_ref(block));
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const Tensor&, int64_t, int64_t, Block);
+    static auto handle = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rimet::adaround_quantize_dequantize_backward", "")
+                             .typed<Signature>();
+    const auto saved = context->get_saved_variables();
+    const auto block = context->saved_data["block"].toOptional<std::vector<int64_t>>();
+    variable_list result(7);
+    result[1] = handle.call(grads[0], saved[0], saved[1], saved[2], saved[3],
+                            context->saved_data["qmin"].toInt(),
+                            context->saved_data["qmax"].toInt(), as_ref(block));
+    return result;
+  }
+
+  using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                           int64_t, bool, Block);
+  static const c10::TypedOperatorHandle<Signature>& op() {
+    static auto handle = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rimet::adaround_quantize_dequantize", "")
+                             .typed<Signature>();
+    return handle;
+  }
+
+  static Block as_ref(const std::optional<std::vector<int64_t>>& block) {
+    return block ? Block(at::IntArrayRef(*block)) : Block(std::nullopt);
+  }
+};
+
+Tensor quantize_dequantize_autograd(const Tensor& input, const Tensor& alpha, const Tensor& scale,
+                                    const Tensor& offset, int64_t qmin, int64_t qmax,
+                                    bool soft_rounding, Block block) {
+  if (!(soft_rounding && at::GradMode::is_enabled() && alpha.requires_grad())) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return QuantizeDequantize::op().call(input, alpha, scale, offset, qmin, qmax, soft_rounding,
+                                         block);
+  }
+  std::optional<std::vector<int64_t>> copy;
+  if (block.has_value()) {
+    copy = block->vec();
+  }
+  return QuantizeDequantize::apply(input, alpha, scale, offset, qmin, qmax, copy);
+}
+
+struct Regularizer : torch::autograd::Function<Regularizer> {
+  static const c10::TypedOperatorHandle<Tensor(const Tensor&, double)>& op() {
+    static auto handle = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rimet::adaround_regularizer", "")
+                             .typed<Tensor(const Tensor&, double)>();
+    return handle;
+  }
+
+  static Tensor forward(AutogradContext* context, const Tensor& alpha, double beta) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({alpha});
+    context->saved_data["beta"] = beta;
+    return op().call(alpha, beta);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static auto handle = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rimet::adaround_regularizer_backward", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, double)>();
+    return {handle.call(grads[0], context->get_saved_variables()[0],
+                        context->saved_data["beta"].toDouble()),
+            Tensor()};
+  }
+};
+
+Tensor regularizer_autograd(const Tensor& alpha, double beta) {
+  if (!(at::GradMode::is_enabled() && alpha.requires_grad())) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return Regularizer::op().call(alpha, beta);
+  }
+  return Regularizer::apply(alpha, beta);
+}
+
+}  // namespace
+
+void register_adaround_cpu(torch::Library& m) {
+  m.impl("adaround_quantize_dequantize", quantize_dequantize_cpu);
+  m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_cpu);
+  m.impl("adaround_regularizer", regularizer_cpu);
+  m.impl("adaround_regularizer_backward", regularizer_backward_cpu);
+  m.impl("adaround_step_", step_cpu);
+}
+
+void register_adaround_composite(torch::Library& m) {
+  m.impl("adaround_quantize_dequantize", quantize_dequantize_composite);
+  m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_composite);
+  m.impl("adaround_regularizer", regularizer_composite);
+  m.impl("adaround_regularizer_backward", regularizer_backward_composite);
+  m.impl("adaround_step_", step_composite);
+}
+
+void register_adaround_meta(torch::Library& m) {
+  m.impl("adaround_quantize_dequantize", quantize_dequantize_meta);
+  m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_meta);
+  m.impl("adaround_regularizer", regularizer_meta);
+  m.impl("adaround_regularizer_backward", regularizer_backward_meta);
+  m.impl("adaround_step_", step_meta);
+}
+
+void register_adaround_autograd(torch::Library& m) {
+  m.impl("adaround_quantize_dequantize", quantize_dequantize_autograd);
+  m.impl("adaround_regularizer", regularizer_autograd);
+}
+
+}  // namespace rimet

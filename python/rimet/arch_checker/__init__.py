@@ -1,0 +1,1 @@
+"""Looks for structures in a model that run slowly, or quantize badly, on fixed-point targets."""

@@ -1,0 +1,643 @@
+//! AdaRound \[nagel2020\]: weights rounded up or down so that the layer's output stays close.
+//!
+//! For a layer with weights `W`, inputs `x` of the floating-point model and `x'` of the quantized one,
+//! and the activation function `f` behind it, minimizes over the rounding variables `alpha`
+//!
+//! ```text
+//! E |f(W x + b) - f(W'(alpha) x' + b)|^2 + reg_param * sum(1 - |2 h(alpha) - 1|^beta)      (equation 25)
+//! ```
+//!
+//! with Adam, where `W'` is the soft-rounded weight ([`adaround_quantize_dequantize`]). `beta` falls from
+//! 20 to 2 after a warm start without the second term. Then each weight takes the level that its `alpha`
+//! leans to.
+//!
+//! Each step takes 32 samples of the cached inputs, or, where the output is linear in the weights (no
+//! activation function follows) and that counts fewer operations, all of them at once through their Gram
+//! matrix: the loss is then `tr(E G E^T) + 2 tr(E D^T) + const`, `E` being the weights' change, `G = x'^T x'`
+//! and `D = (W x' - W x)^T x'`.
+
+use super::linear_map::{compute_kind, LinearMap};
+use super::rows::{for_each_piece, Batches, Gram};
+use crate::encoding::AffineGrid;
+use crate::error::{Error, Result};
+use crate::ops::{
+    adaround_quantize_dequantize, adaround_regularizer, adaround_step, AdaroundState, AdaroundStep,
+    GAMMA, ZETA,
+};
+use crate::ptq::random::Random;
+use tch::{Kind, Reduction, Tensor};
+
+/// Samples of one step.
+pub const BATCH_SIZE: usize = 32;
+/// How often the caller hears of progress, and an early stop is looked for, in steps.
+const REPORT_EVERY: u64 = 50;
+
+/// The activation function behind a layer, by the name it has in `torch.nn.functional`.
+#[derive(Debug)]
+pub enum Activation {
+    Relu,
+    /// `clamp(x, low, high)`: ReLU6, hardtanh.
+    Clamp(f64, f64),
+    LeakyRelu(f64),
+    /// With its weights.
+    Prelu(Tensor),
+    Elu(f64),
+    /// `none` or `tanh`.
+    Gelu(String),
+    Silu,
+    Mish,
+    Hardswish,
+    Hardsigmoid,
+    Sigmoid,
+    Tanh,
+    /// `beta`, `threshold`.
+    Softplus(f64, f64),
+}
+
+impl Activation {
+    /// `f(x)`; differentiable.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Activation::Relu => x.f_relu()?,
+            Activation::Clamp(low, high) => x.f_clamp(*low, *high)?,
+            Activation::LeakyRelu(slope) => {
+                // tch's leaky_relu has the default slope alone.
+                x.f_relu()? - x.f_neg()?.f_relu()? * *slope
+            }
+            Activation::Prelu(weight) => x.f_prelu(weight)?,
+            Activation::Elu(alpha) => {
+                let negative = x.f_clamp_max(0.0)?.f_expm1()? * *alpha;
+                x.f_relu()? + negative
+            }
+            Activation::Gelu(approximate) => x.f_gelu(approximate)?,
+            Activation::Silu => x.f_silu()?,
+            Activation::Mish => x.f_mish()?,
+            Activation::Hardswish => x.f_hardswish()?,
+            Activation::Hardsigmoid => x.f_hardsigmoid()?,
+            Activation::Sigmoid => x.f_sigmoid()?,
+            Activation::Tanh => x.f_tanh()?,
+            Activation::Softplus(beta, threshold) => {
+                let scaled = x * *beta;
+                let soft = scaled.f_clamp_max(*threshold)?.f_exp()?.f_log1p()? / *beta;
+                let linear = scaled.f_gt(*threshold)?;
+                x.f_where_self(&linear, &soft)?
+            }
+        })
+    }
+}
+
+/// Settings of the optimization.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    pub num_iterations: u64,
+    /// Weight of the regularizer.
+    pub reg_param: f64,
+    /// First and last exponent of the regularizer.
+    pub beta_range: (f64, f64),
+    /// Share of the iterations without regularizer.
+    pub warm_start: f64,
+    /// Adam's learning rate.
+    pub learning_rate: f64,
+    /// Stop once the rounding is as good as decided: `mean(1 - |2 h - 1|^2)` below this. `None`: never.
+    pub early_stop: Option<f64>,
+    pub seed: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            num_iterations: 10_000,
+            reg_param: 0.01,
+            beta_range: (20.0, 2.0),
+            warm_start: 0.2,
+            learning_rate: default_learning_rate(10_000),
+            early_stop: None,
+            seed: 0,
+        }
+    }
+}
+
+/// Adam's learning rate for a number of iterations: 1e-3 from 10,000 on, more for shorter runs (at most
+/// 1e-2), so that a rounding variable can come equally far.
+pub fn default_learning_rate(num_iterations: u64) -> f64 {
+    (10.0 / num_iterations.max(1) as f64).clamp(1e-3, 1e-2)
+}
+
+impl Config {
+    /// # Errors
+    /// [`Error::Value`] naming the setting.
+    pub fn check(&self) -> Result<()> {
+        let (start, end) = self.beta_range;
+        let checks = [
+            (
+                "num_iterations",
+                self.num_iterations >= 1,
+                "1 or more",
+                self.num_iterations.to_string(),
+            ),
+            (
+                "reg_param",
+                self.reg_param >= 0.0 && self.reg_param.is_finite(),
+                "a number that is not negative",
+                self.reg_param.to_string(),
+            ),
+            (
+                "beta_range",
+                start >= end && end >= 1.0 && start.is_finite(),
+                "(start, end) with start >= end >= 1",
+                format!("({start}, {end})"),
+            ),
+            (
+                "warm_start",
+                (0.0..1.0).contains(&self.warm_start),
+                "at least 0 and below 1",
+                self.warm_start.to_string(),
+            ),
+            (
+                "learning_rate",
+                self.learning_rate > 0.0 && self.learning_rate.is_finite(),
+                "a positive number",
+                self.learning_rate.to_string(),
+            ),
+            (
+                "early_stop",
+                self.early_stop.is_none_or(|tolerance| tolerance > 0.0),
+                "a positive number or None",
+                format!("{:?}", self.early_stop),
+            ),
+        ];
+        for (name, valid, expected, got) in checks {
+            if !valid {
+                return Err(Error::value(name, expected, got));
+            }
+        }
+        Ok(())
+    }
+
+    /// Weight and exponent of the regularizer in an iteration, counted from 0.
+    pub fn regularization(&self, iteration: u64) -> (f64, f64) {
+        let (start, end) = self.beta_range;
+        let total = self.num_iterations as f64;
+        let warm = self.warm_start * total;
+        if (iteration as f64) < warm {
+            return (0.0, start);
+        }
+        let progress = (iteration as f64 - warm) / (total - warm);
+        let falling = 0.5 * (1.0 + (progress * std::f64::consts::PI).cos());
+        (self.reg_param, end + (start - end) * falling)
+    }
+}
+
+/// The layer to treat and its data.
+pub struct Problem<'a> {
+    pub map: &'a LinearMap,
+    pub weight: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
+    /// Scale and offset of the weight's quantizer, in its encoding shape.
+    pub scale_offset: (&'a Tensor, &'a Tensor),
+    pub grid: AffineGrid,
+    pub block_size: Option<&'a [i64]>,
+    /// The activation function behind the layer.
+    pub activation: Option<&'a Activation>,
+    pub num_batches: usize,
+    /// Input of the layer in the quantized model.
+    pub input: &'a Batches<'a>,
+    /// Output of the layer in the floating-point model, without the activation function.
+    pub target: &'a Batches<'a>,
+}
+
+/// How a layer was optimized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// 32 samples a step.
+    Minibatch,
+    /// All samples, through their Gram matrix.
+    Gram,
+}
+
+/// What came out.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The weight on its grid.
+    pub weight: Tensor,
+    /// Mean over rows of the squared error, summed over output channels, with nearest rounding.
+    pub loss_before: f64,
+    /// The same with the rounding found.
+    pub loss_after: f64,
+    pub method: Method,
+    /// Steps taken; fewer than asked for after an early stop.
+    pub iterations: u64,
+    /// Whether nearest rounding was kept, since the rounding found was no better.
+    pub kept_nearest: bool,
+}
+
+/// Called now and then with the steps taken so far; an error ends the work.
+pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
+
+/// Chooses the rounding of a layer's weight.
+///
+/// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: six
+/// times the weight, 32 samples of input and output, and with [`Method::Gram`] three Gram matrices.
+///
+/// # Errors
+/// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
+pub fn adaround(
+    problem: &Problem<'_>,
+    config: &Config,
+    progress: &mut Progress<'_>,
+) -> Result<Outcome> {
+    config.check()?;
+    problem.map.check(problem.weight)?;
+    if problem.num_batches == 0 {
+        return Err(Error::value("inputs", "at least one batch", "none"));
+    }
+    let _guard = tch::no_grad_guard();
+    let kind = compute_kind(problem.weight);
+    let weight = problem.weight.f_detach()?.f_to_kind(kind)?.f_contiguous()?;
+    let bias = match problem.bias {
+        Some(bias) => Some(bias.f_detach()?.f_to_kind(kind)?),
+        None => None,
+    };
+    let layer = Layer {
+        problem,
+        weight: &weight,
+        bias: bias.as_ref(),
+        kind,
+    };
+    let samples = layer.samples()?;
+    let mut state = layer.initial_state()?;
+    let nearest = layer.nearest()?;
+    let loss_before = layer.loss(&nearest)?;
+
+    let mut gradient = if problem.activation.is_none()
+        && layer.gram_is_cheaper(&samples, config.num_iterations)?
+    {
+        Gradient::Gram(GramLoss::new(&layer)?)
+    } else {
+        Gradient::Minibatch(Sampler::new(samples, config.seed))
+    };
+    let method = match gradient {
+        Gradient::Gram(_) => Method::Gram,
+        Gradient::Minibatch(_) => Method::Minibatch,
+    };
+
+    let mut taken = 0;
+    for iteration in 0..config.num_iterations {
+        if iteration % REPORT_EVERY == 0 {
+            progress(iteration)?;
+            if let Some(tolerance) = config.early_stop {
+                let undecided = f64::try_from(adaround_regularizer(&state.alpha, 2.0)?)?;
+                if undecided < tolerance * weight.numel() as f64 {
+                    break;
+                }
+            }
+        }
+        let grad = match &mut gradient {
+            Gradient::Gram(loss) => loss.gradient(&layer, &state.output)?,
+            Gradient::Minibatch(sampler) => sampler.gradient(&layer, &state.output)?,
+        };
+        let (reg_param, beta) = config.regularization(iteration);
+        adaround_step(
+            &mut state,
+            &grad,
+            &weight,
+            problem.scale_offset,
+            &problem.grid,
+            problem.block_size,
+            AdaroundStep {
+                step: iteration as i64 + 1,
+                learning_rate: config.learning_rate,
+                reg_param,
+                beta,
+            },
+        )?;
+        taken = iteration + 1;
+    }
+    progress(taken)?;
+
+    let rounded = layer.rounded(&state.alpha, false)?;
+    let loss_after = layer.loss(&rounded)?;
+    let kept_nearest = loss_after.is_nan() || loss_after >= loss_before;
+    let (chosen, loss_after) = if kept_nearest {
+        (nearest, loss_before)
+    } else {
+        (rounded, loss_after)
+    };
+    Ok(Outcome {
+        weight: chosen.f_to_kind(problem.weight.kind())?,
+        loss_before,
+        loss_after,
+        method,
+        iterations: taken,
+        kept_nearest,
+    })
+}
+
+/// The problem in the type it is computed in.
+struct Layer<'a> {
+    problem: &'a Problem<'a>,
+    weight: &'a Tensor,
+    bias: Option<&'a Tensor>,
+    kind: Kind,
+}
+
+/// What is known of a batch before its data is used.
+struct BatchShape {
+    samples: usize,
+    /// Rows of the weight's matrix product, all samples together.
+    rows: i64,
+    /// Sizes of input and output without the number of samples: what can be stacked.
+    shape: (Vec<i64>, Vec<i64>),
+}
+
+impl Layer<'_> {
+    /// The inputs of a batch as they came, with a dimension for samples.
+    fn raw_input(&self, batch: usize) -> Result<Tensor> {
+        self.problem
+            .map
+            .batched(&(self.problem.input)(batch)?.f_detach()?)
+    }
+
+    /// The same for the floating-point model's outputs.
+    fn raw_target(&self, batch: usize) -> Result<Tensor> {
+        self.problem
+            .map
+            .batched(&(self.problem.target)(batch)?.f_detach()?)
+    }
+
+    fn input(&self, batch: usize) -> Result<Tensor> {
+        self.padded(&self.raw_input(batch)?)
+    }
+
+    fn padded(&self, input: &Tensor) -> Result<Tensor> {
+        self.problem.map.padded(&input.f_to_kind(self.kind)?)
+    }
+
+    fn target(&self, batch: usize) -> Result<Tensor> {
+        Ok(self.raw_target(batch)?.f_to_kind(self.kind)?)
+    }
+
+    fn forward(&self, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        self.problem.map.forward(input, weight, self.bias)
+    }
+
+    fn activated(&self, output: &Tensor) -> Result<Tensor> {
+        match self.problem.activation {
+            Some(activation) => activation.apply(output),
+            None => Ok(output.shallow_clone()),
+        }
+    }
+
+    fn samples(&self) -> Result<Vec<BatchShape>> {
+        (0..self.problem.num_batches)
+            .map(|batch| {
+                let (input, target) = (self.raw_input(batch)?, self.raw_target(batch)?);
+                let (input_size, target_size) = (input.size(), target.size());
+                let samples = input_size[0];
+                if samples == 0 || target_size.first() != input_size.first() {
+                    return Err(Error::value(
+                        format!("inputs, batch {batch}"),
+                        "one output for each of at least one sample",
+                        format!("input {input_size:?}, output {target_size:?}"),
+                    ));
+                }
+                Ok(BatchShape {
+                    samples: samples as usize,
+                    rows: self.problem.map.num_rows(&target),
+                    shape: (input_size[1..].to_vec(), target_size[1..].to_vec()),
+                })
+            })
+            .collect()
+    }
+
+    fn rounded(&self, alpha: &Tensor, soft: bool) -> Result<Tensor> {
+        adaround_quantize_dequantize(
+            self.weight,
+            alpha,
+            self.problem.scale_offset,
+            &self.problem.grid,
+            soft,
+            self.problem.block_size,
+        )
+    }
+
+    fn nearest(&self) -> Result<Tensor> {
+        let (scale, offset) = self.problem.scale_offset;
+        crate::ops::quantize_dequantize(
+            self.weight,
+            scale,
+            offset,
+            &self.problem.grid,
+            self.problem.block_size,
+        )
+    }
+
+    /// Rounding variables whose soft rounding gives the weights themselves: `h(alpha) = frac(W / scale)`.
+    fn initial_state(&self) -> Result<AdaroundState> {
+        let (scale, offset) = self.problem.scale_offset;
+        let ones = Tensor::f_ones_like(self.weight)?;
+        let spread = crate::ops::dequantize(
+            &ones,
+            scale,
+            &Tensor::f_zeros_like(offset)?,
+            self.problem.block_size,
+        )?;
+        let position = self.weight / &spread;
+        let fraction = &position - position.f_floor()?;
+        let ratio = (fraction - GAMMA).f_reciprocal()? * (ZETA - GAMMA);
+        let alpha = (ratio - 1.0).f_log()?.f_neg()?;
+        let output = self.rounded(&alpha, true)?;
+        Ok(AdaroundState {
+            exp_avg: alpha.f_zeros_like()?,
+            exp_avg_sq: alpha.f_zeros_like()?,
+            alpha,
+            output,
+        })
+    }
+
+    /// Mean over all rows of the squared error, summed over output channels.
+    fn loss(&self, weight: &Tensor) -> Result<f64> {
+        let (mut sum, mut rows) = (0.0, 0);
+        for batch in 0..self.problem.num_batches {
+            let output = self.activated(&self.forward(&self.input(batch)?, weight)?)?;
+            let target = self.activated(&self.target(batch)?)?;
+            rows += self.problem.map.num_rows(&target);
+            let size = output.size();
+            let flat = [size[0].max(1), -1];
+            let errors = crate::ops::reconstruction_error(
+                &output.f_reshape(flat)?,
+                Some(&target.f_reshape(flat)?),
+                "mse",
+            )?;
+            sum += f64::try_from(errors.f_sum(Kind::Double)?)?;
+        }
+        Ok(sum / rows.max(1) as f64)
+    }
+
+    /// Whether a step over the Gram matrix, with the making of it spread over the steps, counts fewer
+    /// operations than the forward pass and the weight gradient of a minibatch.
+    fn gram_is_cheaper(&self, samples: &[BatchShape], num_iterations: u64) -> Result<bool> {
+        let matrix = self.problem.map.matrix(self.weight)?.size();
+        let (out, columns) = (matrix[1] as f64, matrix[2] as f64);
+        let total: usize = samples.iter().map(|b| b.samples).sum();
+        let rows = samples.iter().map(|b| b.rows).sum::<i64>() as f64;
+        let rows_of_step = rows * (BATCH_SIZE.min(total) as f64 / total as f64);
+        let making = rows * columns * columns / num_iterations as f64;
+        Ok(out * columns * columns + making < 2.0 * rows_of_step * out * columns)
+    }
+}
+
+enum Gradient {
+    Gram(GramLoss),
+    Minibatch(Sampler),
+}
+
+/// The quadratic loss: its gradient at `W'` is `2 ((W' - W) G + D) / rows`.
+struct GramLoss {
+    gram: Tensor,
+    constant: Tensor,
+    factor: f64,
+}
+
+impl GramLoss {
+    fn new(layer: &Layer<'_>) -> Result<Self> {
+        let map = layer.problem.map;
+        let matrix = map.matrix(layer.weight)?;
+        let size = matrix.size();
+        let mut gram = Gram::new(size[0], size[2], layer.weight)?;
+        let mut constant = Tensor::f_zeros(&size, (Kind::Double, layer.weight.device()))?;
+        let mut rows = 0;
+        let load = |batch: usize| {
+            let input = layer.input(batch)?;
+            let output = layer.forward(&input, layer.weight)?;
+            let residual = map.output_rows(&(output - layer.target(batch)?))?;
+            Ok(vec![map.rows(&input, layer.weight)?, residual])
+        };
+        for_each_piece(layer.problem.num_batches, load, |piece| {
+            rows += piece[0].size()[1];
+            gram.add(&piece[0])?;
+            let product = piece[1].f_transpose(1, 2)?.f_matmul(&piece[0])?;
+            let _ = constant.f_add_(&product)?;
+            Ok(())
+        })?;
+        Ok(Self {
+            gram: gram.finish(layer.kind)?,
+            constant: constant.f_to_kind(layer.kind)?,
+            factor: 2.0 / rows.max(1) as f64,
+        })
+    }
+
+    fn gradient(&self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
+        let map = layer.problem.map;
+        let change = map.matrix(&(rounded - layer.weight))?;
+        let mut grad = self.constant.f_baddbmm(&change, &self.gram, 1, 1)?;
+        let _ = grad.f_mul_scalar_(self.factor)?;
+        map.from_matrix(&grad, layer.weight)
+    }
+}
+
+/// Draws samples and computes their loss's gradient.
+struct Sampler {
+    batches: Vec<BatchShape>,
+    /// Batches whose samples can be stacked, by shape; the number of samples in each.
+    stacks: Vec<(Vec<usize>, usize)>,
+    random: Random,
+}
+
+impl Sampler {
+    fn new(batches: Vec<BatchShape>, seed: u64) -> Self {
+        let mut stacks: Vec<(Vec<usize>, usize)> = vec![];
+        for (index, batch) in batches.iter().enumerate() {
+            let stack = stacks
+                .iter_mut()
+                .find(|(members, _)| batches[members[0]].shape == batch.shape);
+            match stack {
+                Some((members, samples)) => {
+                    members.push(index);
+                    *samples += batch.samples;
+                }
+                None => stacks.push((vec![index], batch.samples)),
+            }
+        }
+        Self {
+            batches,
+            stacks,
+            random: Random::new(seed),
+        }
+    }
+
+    /// Samples of one step, as (batch, place within it), in the order of the data. Where shapes differ
+    /// between batches, all are of one shape, chosen as often as it has samples.
+    fn draw(&mut self) -> Vec<(usize, i64)> {
+        let total: usize = self.stacks.iter().map(|s| s.1).sum();
+        let mut place = self.random.below(total as u64) as usize;
+        let mut stack = 0;
+        while place >= self.stacks[stack].1 {
+            place -= self.stacks[stack].1;
+            stack += 1;
+        }
+        let (members, samples) = &self.stacks[stack];
+        let mut chosen = self.random.sample(*samples, BATCH_SIZE.min(*samples));
+        chosen.sort_unstable();
+        let mut found = Vec::with_capacity(chosen.len());
+        let (mut member, mut begin) = (0, 0);
+        for index in chosen {
+            while index - begin >= self.batches[members[member]].samples {
+                begin += self.batches[members[member]].samples;
+                member += 1;
+            }
+            found.push((members[member], (index - begin) as i64));
+        }
+        found
+    }
+
+    /// Copies the samples drawn out of their batches; the batches themselves stay where they are.
+    fn gather(&mut self, layer: &Layer<'_>) -> Result<(Tensor, Tensor)> {
+        let drawn = self.draw();
+        let mut parts = (vec![], vec![]);
+        for run in drawn.chunk_by(|a, b| a.0 == b.0) {
+            let places: Vec<i64> = run.iter().map(|s| s.1).collect();
+            let places = Tensor::from_slice(&places).f_to_device(layer.weight.device())?;
+            parts
+                .0
+                .push(layer.raw_input(run[0].0)?.f_index_select(0, &places)?);
+            parts
+                .1
+                .push(layer.raw_target(run[0].0)?.f_index_select(0, &places)?);
+        }
+        let joined = |parts: Vec<Tensor>| match parts.as_slice() {
+            [one] => Ok(one.shallow_clone()),
+            many => Tensor::f_cat(many, 0),
+        };
+        let input = layer.padded(&joined(parts.0)?)?;
+        Ok((input, joined(parts.1)?.f_to_kind(layer.kind)?))
+    }
+
+    fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
+        let (input, target) = self.gather(layer)?;
+        let map = layer.problem.map;
+        let output = layer.forward(&input, rounded)?;
+        let factor = 2.0 / map.num_rows(&target).max(1) as f64;
+        let grad = match layer.problem.activation {
+            None => (output - target) * factor,
+            Some(Activation::Relu) => {
+                let output = output.f_relu()?;
+                let error = (&output - target.f_relu()?) * factor;
+                output.f_threshold_backward(&error, 0)?
+            }
+            Some(activation) => {
+                let target = activation.apply(&target)?;
+                tch::with_grad(|| -> Result<Tensor> {
+                    let output = output.f_detach()?.f_set_requires_grad(true)?;
+                    let loss = activation
+                        .apply(&output)?
+                        .f_mse_loss(&target, Reduction::Sum)?
+                        * (0.5 * factor);
+                    let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
+                    Ok(grads[0].shallow_clone())
+                })?
+            }
+        };
+        map.weight_gradient(&grad, &input, rounded)
+    }
+}

@@ -1,0 +1,98 @@
+"""Records what AIMET chooses: run with the interpreter of the peers' environment.
+
+    .venv-peers/bin/python tests/data/ptq/record.py
+
+Writes ``seq_mse.safetensors`` (weights, inputs, chosen ranges) and ``lpbq.safetensors`` (two-level
+scales), with the versions in the metadata.
+"""
+
+from __future__ import annotations
+
+import itertools
+from importlib.metadata import version
+from pathlib import Path
+
+import aimet_torch.quantization.affine as affine
+import torch
+from aimet_torch.nn import QuantizationMixin
+from aimet_torch.seq_mse import SeqMseParams, SequentialMse
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+VERSIONS = {name: version(name) for name in ("aimet-torch", "torch")}
+LAYERS = {
+    "linear": (lambda: torch.nn.Linear(16, 6), (40, 16)),
+    "conv": (lambda: torch.nn.Conv2d(8, 6, 3, padding=1), (4, 8, 5, 5)),
+    "depthwise": (lambda: torch.nn.Conv2d(6, 6, 3, groups=6), (4, 6, 6, 6)),
+}
+
+
+def quantizer_of(grid: str, weight: torch.Tensor, symmetric: bool) -> torch.nn.Module:
+    shape = [weight.shape[0]] + [1] * (weight.dim() - 1)
+    if grid == "per-channel":
+        return affine.QuantizeDequantize(tuple(shape), 4, symmetric)
+    shape[1] = weight.shape[1] // 4
+    block = (1, 4, *weight.shape[2:])
+    if grid == "blocks":
+        return affine.QuantizeDequantize(tuple(shape), 4, symmetric, block_size=block)
+    grouping = (1, -1, *[1] * (weight.dim() - 2))
+    return affine.GroupedBlockQuantizeDequantize(
+        tuple(shape), 4, True, 8, block_size=block, block_grouping=grouping
+    )
+
+
+def main() -> None:
+    tensors = {}
+    for name, (make, shape) in LAYERS.items():
+        torch.manual_seed(len(name))
+        layer = make()
+        x = torch.randn(shape) + torch.randn(shape[:1] + (1,) * (len(shape) - 1))
+        xq = x + 0.1 * torch.randn(shape)
+        tensors |= {f"{name}.weight": layer.weight.detach(), f"{name}.x": x, f"{name}.xq": xq}
+        grids = ["per-channel"] if name == "depthwise" else ["per-channel", "blocks", "lpbq"]
+        for grid, symmetric, inputs, loss in itertools.product(
+            grids, (True, False), ("symqt", "symfp", "asym"), ("mse", "l1", "sqnr")
+        ):
+            if grid == "lpbq" and not symmetric:
+                continue
+            if name == "linear" and loss == "sqnr":
+                continue  # takes the quantized output for the signal, unlike that of convolutions
+            module = QuantizationMixin.from_module(make())
+            module.weight = torch.nn.Parameter(layer.weight.detach().clone())
+            quantizer = quantizer_of(grid, module.weight, symmetric)
+            module.param_quantizers["weight"] = quantizer
+            module._compute_param_encodings(overwrite=True)
+            params = SeqMseParams(num_batches=1, inp_symmetry=inputs, loss_fn=loss)
+            # Which inputs go where is decided ahead of this function.
+            a, b = {"symqt": (xq, xq), "symfp": (x, x), "asym": (x, xq)}[inputs]
+            SequentialMse.optimize_module(module, [a], [b], params)
+            key = f"{name}/{grid}/{'symmetric' if symmetric else 'asymmetric'}/{inputs}/{loss}"
+            tensors[f"{key}.min"] = quantizer.min.detach().clone()
+            tensors[f"{key}.max"] = quantizer.max.detach().clone()
+    save_file(tensors, HERE / "seq_mse.safetensors", VERSIONS)
+
+    scales = {}
+    for bits, decompressed in ((4, 8), (3, 6), (4, 4)):
+        torch.manual_seed(bits)
+        weight = torch.randn(6, 32) * torch.rand(6, 1) * torch.rand(1, 32)
+        for grouping in (-1, 2, 1):
+            quantizer = affine.GroupedBlockQuantizeDequantize(
+                (6, 8), bits, True, decompressed, block_size=(1, 4), block_grouping=(1, grouping)
+            )
+            with quantizer.compute_encodings():
+                quantizer(weight)
+            encoding = quantizer.get_encodings()
+            key = f"{bits}/{decompressed}/{grouping}"
+            scales |= {
+                f"{key}.weight": weight,
+                f"{key}.scale": encoding.scale.detach(),
+                f"{key}.per_channel_scale": encoding.per_channel_scale.detach(),
+                f"{key}.per_block_int_scale": encoding.per_block_int_scale.detach().float(),
+                f"{key}.output": quantizer(weight).detach().as_subclass(torch.Tensor),
+            }
+    scales = {name: tensor.contiguous().clone() for name, tensor in scales.items()}
+    save_file(scales, HERE / "lpbq.safetensors", VERSIONS)
+
+
+if __name__ == "__main__":
+    main()

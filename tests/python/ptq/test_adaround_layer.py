@@ -1,0 +1,281 @@
+"""AdaRound of one layer, against an independent optimization in float64 torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rimet import _core
+from rimet._layerwise import linear_map
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from .layers import LAYERS, quantized
+
+# torch says so of the reference's own forward.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+SETTINGS: dict[str, Any] = {
+    "num_iterations": 40,
+    "reg_param": 0.01,
+    "beta_range": (20.0, 2.0),
+    "warm_start": 0.2,
+    "learning_rate": 0.05,
+    "early_stop": None,
+    "seed": 0,
+}
+ACTIVATIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "none": (None, lambda x: x),
+    "relu": (("relu", [], None), F.relu),
+    "relu6": (("hardtanh", [0.0, 6.0], None), F.relu6),
+    "leaky_relu": (("leaky_relu", [0.2], None), lambda x: F.leaky_relu(x, 0.2)),
+    "prelu": (
+        ("prelu", [], torch.tensor([0.3]).double()),
+        lambda x: F.prelu(x, torch.tensor([0.3]).double()),
+    ),
+    "elu": (("elu", [1.5], None), lambda x: F.elu(x, 1.5)),
+    "gelu": (("gelu", [], None), F.gelu),
+    "gelu_tanh": (("gelu_tanh", [], None), lambda x: F.gelu(x, approximate="tanh")),
+    "silu": (("silu", [], None), F.silu),
+    "mish": (("mish", [], None), F.mish),
+    "hardswish": (("hardswish", [], None), F.hardswish),
+    "hardsigmoid": (("hardsigmoid", [], None), F.hardsigmoid),
+    "sigmoid": (("sigmoid", [], None), torch.sigmoid),
+    "tanh": (("tanh", [], None), torch.tanh),
+    "softplus": (("softplus", [2.0, 3.0], None), lambda x: F.softplus(x, 2.0, 3.0)),
+}
+
+
+def run(
+    layer: Any, inputs: list[Tensor], targets: list[Tensor], activation: Any = None, **changes: Any
+) -> dict[str, Any]:
+    quantizer = layer.param_quantizers["weight"]
+    result: dict[str, Any] = _core.adaround_layer(
+        linear_map(layer),
+        layer.weight,
+        layer.bias,
+        inputs,
+        targets,
+        quantizer.get_scale(),
+        quantizer.get_offset(),
+        qmin=quantizer.qmin,
+        qmax=quantizer.qmax,
+        block_size=None if quantizer.block_size is None else list(quantizer.block_size),
+        activation=activation,
+        **{**SETTINGS, **changes},
+    )
+    return result
+
+
+def outputs(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer's own forward with another weight and no quantizers."""
+    original = layer.get_original_module()
+    result: Tensor = functional_call(original, {"weight": weight}, (x,))
+    return result
+
+
+def rows_of(layer: nn.Module, output: Tensor) -> int:
+    channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
+    return output.numel() // channels
+
+
+def spread(layer: Any, encoding: Tensor) -> Tensor:
+    block = layer.param_quantizers["weight"].block_size
+    for dim, size in enumerate(block or ()):
+        encoding = encoding.repeat_interleave(size, dim)
+    return encoding.detach().double().expand(layer.weight.shape)
+
+
+def reference(
+    layer: Any, x: Tensor, target: Tensor, f: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, float, float]:
+    """Full-batch AdaRound with autograd and torch's Adam: the weight found, and losses of nearest
+    rounding and of that weight."""
+    quantizer = layer.param_quantizers["weight"]
+    weight = layer.weight.detach()
+    scale = spread(layer, quantizer.get_scale())
+    offset = spread(layer, quantizer.get_offset())
+    base = torch.floor(weight / scale)
+
+    def rounded(up: Tensor) -> Tensor:
+        level = (base + up - offset).clamp(quantizer.qmin, quantizer.qmax)
+        return (level + offset) * scale
+
+    def loss(w: Tensor) -> Tensor:
+        error = f(outputs(layer, w, x)) - f(target)
+        return error.square().sum() / rows_of(layer, target)
+
+    alpha = nn.Parameter(-torch.log(1.2 / (weight / scale - base + 0.1) - 1))
+    optimizer = torch.optim.Adam([alpha], lr=SETTINGS["learning_rate"])
+    steps, warm = SETTINGS["num_iterations"], SETTINGS["warm_start"] * SETTINGS["num_iterations"]
+    for step in range(steps):
+        h = (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
+        total = loss(rounded(h))
+        if step >= warm:
+            beta = 2 + 9 * (1 + math.cos((step - warm) / (steps - warm) * math.pi))
+            total = total + 0.01 * (1 - (2 * h - 1).abs() ** beta).sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    found = rounded((alpha.detach() >= 0).double())
+    nearest = rounded((weight / scale - base).round())
+    return found, loss(nearest).item(), loss(found).item()
+
+
+def check(layer: Any, x: Tensor, noisy: Tensor, activation: str = "none") -> dict[str, Any]:
+    """At most 32 samples, so every step sees all of them and the reference is exact."""
+    layer.double()
+    x, noisy = x.double(), noisy.double()
+    spec, f = ACTIVATIONS[activation]
+    target = outputs(layer, layer.weight.detach(), x).detach()
+    found, before, after = reference(layer, noisy, target, f)
+    # In two batches of unequal size.
+    cut = max(1, len(x) // 3)
+    result = run(layer, [noisy[:cut], noisy[cut:]], [target[:cut], target[cut:]], spec)
+    assert result["loss_before"] == pytest.approx(before, rel=1e-9)
+    if after < before:
+        torch.testing.assert_close(result["weight"], found, rtol=1e-12, atol=1e-12)
+        assert result["loss_after"] == pytest.approx(after, rel=1e-9)
+        assert not result["kept_nearest"]
+    else:
+        assert result["kept_nearest"] and result["loss_after"] == result["loss_before"]
+    return result
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_rounding_is_the_references_for_every_layer(name: str) -> None:
+    check(*quantized(name, "per-channel"))
+
+
+@pytest.mark.parametrize("grid", ["per-tensor", "blocks", "lpbq"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "grouped", "transposed2d, grouped"])
+def test_the_rounding_is_the_references_for_every_grid(name: str, grid: str) -> None:
+    check(*quantized(name, grid))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_function_is_part_of_the_loss(activation: str) -> None:
+    layer, x, noisy = quantized("conv2d", "per-channel", symmetric=False)
+    result = check(layer, 2 * x, 2 * noisy, activation)
+    assert result["method"] == ("gram" if activation == "none" else "minibatch")
+
+
+def test_both_methods_are_taken_and_agree_with_the_reference() -> None:
+    # 4 input channels x 9 taps over 150 places against 16 x 9 over 8: many rows or many columns.
+    assert check(*quantized("conv2d", "per-channel"))["method"] == "gram"
+    assert check(*quantized("conv2d with few places", "per-channel"))["method"] == "minibatch"
+
+
+def test_the_best_of_all_roundings_is_found() -> None:
+    torch.manual_seed(4)
+    layer, _, _ = quantized("linear", "per-channel", bitwidth=3)
+    # One direction dominates the inputs, so errors of the weights can cancel.
+    x = torch.randn(400, 12) * 0.1 + torch.randn(400, 1) * torch.rand(12)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(6, 12) - 0.5)
+        layer.compute_param_encodings()
+        target = layer.get_original_module()(x)
+    result = run(layer, [x], [target], num_iterations=2000, learning_rate=0.01, reg_param=0.001)
+    quantizer = layer.param_quantizers["weight"]
+    scale = quantizer.get_scale().detach()
+    base = torch.floor(layer.weight.detach() / scale)
+    ups = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12)))
+    gram = x.double().T @ x.double()
+    best = 0.0
+    for row in range(6):
+        weights = ((base[row] + ups).clamp(quantizer.qmin, quantizer.qmax) * scale[row]).double()
+        change = weights - layer.weight[row].detach().double()
+        best += float(((change @ gram) * change).sum(1).min()) / len(x)
+    # A relaxation need not find the very best of 4096 roundings a row, but comes close to it.
+    assert best * (1 - 1e-4) <= result["loss_after"] < 4 * best < 0.5 * result["loss_before"]
+
+
+def test_a_seed_gives_the_same_bits() -> None:
+    layer, x, _ = quantized("conv2d with few places", "per-channel")
+    x = torch.randn(90, *x.shape[1:])
+    target = layer.get_original_module()(x).detach()
+    inputs, targets = list(x.split(40)), list(target.split(40))
+
+    def weight(seed: int) -> Tensor:
+        result: Tensor = run(layer, inputs, targets, ("relu", [], None), seed=seed)["weight"]
+        return result
+
+    assert torch.equal(weight(1), weight(1))
+    assert not torch.equal(weight(1), weight(2))
+
+
+def test_samples_come_from_batches_of_different_shapes() -> None:
+    layer, _, _ = quantized("conv2d", "per-channel")
+    inputs = [torch.randn(n, 4, 6, w) for n, w in ((20, 5), (9, 7), (20, 5))]
+    targets = [layer.get_original_module()(x).detach() for x in inputs]
+    result = run(layer, inputs, targets, ("relu", [], None), num_iterations=60)
+    assert result["method"] == "minibatch" and result["iterations"] == 60
+    assert result["loss_after"] <= result["loss_before"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_layers_are_computed_in_float32(dtype: torch.dtype) -> None:
+    layer, x, _ = quantized("conv2d", "per-channel")
+    target = layer.get_original_module()(x).detach()
+    half = layer.to(dtype)
+    result = run(half, [x.to(dtype)], [target.to(dtype)], ("relu", [], None))
+    assert result["weight"].dtype == dtype
+    assert result["loss_after"] < result["loss_before"]
+
+
+def test_an_early_stop_saves_steps_and_is_off_by_default() -> None:
+    layer, x, _ = quantized("linear", "per-channel")
+    target = layer.get_original_module()(x).detach()
+    changes = {"num_iterations": 3000, "learning_rate": 0.05, "reg_param": 0.1}
+    whole = run(layer, [x], [target], **changes)
+    early = run(layer, [x], [target], early_stop=1e-3, **changes)
+    assert whole["iterations"] == 3000 > early["iterations"]
+    assert early["loss_after"] == pytest.approx(whole["loss_after"], rel=0.05)
+
+
+def test_an_exception_in_the_progress_function_ends_the_work() -> None:
+    layer, x, _ = quantized("linear", "per-channel")
+    target = layer.get_original_module()(x).detach()
+    seen = []
+
+    def progress(steps: int) -> None:
+        seen.append(steps)
+        if steps >= 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(layer, [x], [target], num_iterations=10**6, progress=progress)
+    assert seen == [0, 50, 100]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_iterations": 0}, ["num_iterations", "0"]),
+        ({"beta_range": (2.0, 20.0)}, ["beta_range"]),
+        ({"warm_start": 1.0}, ["warm_start"]),
+        ({"reg_param": -1.0}, ["reg_param"]),
+        ({"learning_rate": 0.0}, ["learning_rate"]),
+        ({"early_stop": -1.0}, ["early_stop"]),
+        ({"activation": ("softsign", [], None)}, ["activation", "softsign"]),
+        ({"activation": ("elu", [], None)}, ["activation", "elu"]),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], words: list[str]) -> None:
+    layer, x, _ = quantized("linear", "per-channel")
+    target = layer.get_original_module()(x).detach()
+    activation = changes.pop("activation", None)
+    with pytest.raises(ValueError) as caught:
+        run(layer, [x], [target], activation, **changes)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    with pytest.raises(ValueError, match="batch"):
+        run(layer, [], [])
+    with pytest.raises(ValueError, match="targets"):
+        run(layer, [x], [])
+    with pytest.raises(ValueError, match="sample"):
+        run(layer, [x], [target[:3]])

@@ -1,0 +1,214 @@
+"""Sequential MSE of whole models: both forms of the call, options, caches, reports."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rimet import seq_mse
+from rimet.adaround import Adaround, AdaroundParameters
+from rimet.quantsim import QuantizationSimModel
+from rimet.quantsim.config_utils import (
+    set_blockwise_quantization_for_weights,
+    set_grouped_blockwise_quantization_for_weights,
+)
+from rimet.seq_mse import SeqMseParams, apply_seq_mse
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .models import batches, small
+
+TREATED = ["stem", "depthwise", "point", "up", "head"]
+
+
+def simulation(bitwidth: int = 4, grid: str = "per-channel") -> QuantizationSimModel:
+    sim = QuantizationSimModel(small(), batches()[0], default_param_bw=bitwidth)
+    layers = [sim.model.point, sim.model.head]
+    if grid == "blocks":
+        set_blockwise_quantization_for_weights(sim, layers, bitwidth, True, 4)
+    elif grid == "lpbq":
+        set_grouped_blockwise_quantization_for_weights(sim, layers, bitwidth, True, 8, 4)
+    return sim
+
+
+def ranges(sim: QuantizationSimModel) -> dict[str, Tensor]:
+    """Ends of the weights' grids; what was not calibrated is left out."""
+    found = {}
+    for path, module in sim.named_qmodules():
+        quantizers: Any = module.param_quantizers
+        quantizer = quantizers["weight"] if "weight" in quantizers else None
+        if quantizer is not None and quantizer.is_initialized():
+            found[path] = torch.cat([quantizer.min.flatten(), quantizer.max.flatten()]).detach()
+    return found
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("grid", ["per-channel", "blocks", "lpbq"])
+@pytest.mark.parametrize("bitwidth", [3, 8])
+def test_ranges_are_chosen_frozen_and_better(bitwidth: int, grid: str) -> None:
+    sim = simulation(bitwidth, grid)
+    weights = {n: p.clone() for n, p in sim.model.named_parameters() if n.endswith("weight")}
+    report = apply_seq_mse(sim, batches(), progress=False)
+    for name in TREATED:
+        layer = report[name]
+        assert layer.status == "treated" and layer.bitwidth == bitwidth
+        assert layer.loss_after is not None and layer.loss_before is not None
+        assert layer.loss_after <= layer.loss_before
+    total = [
+        sum(getattr(report[n], f"loss_{when}") for n in TREATED) for when in ("before", "after")
+    ]
+    assert bitwidth == 8 or total[1] < 0.95 * total[0]
+    assert report["norm"].status == "skipped"
+    chosen = ranges(sim)
+    assert all(torch.equal(dict(sim.model.named_parameters())[n], w) for n, w in weights.items())
+    sim.compute_encodings(lambda m: [m(x) for x in batches()])
+    assert same({k: v for k, v in ranges(sim).items() if k in TREATED},
+                {k: v for k, v in chosen.items() if k in TREATED})  # fmt: skip
+    assert all(q.is_initialized() for q in sim.quantizers())
+
+
+def test_later_layers_see_what_the_earlier_ones_became() -> None:
+    """Layer by layer, on inputs of the simulation with weights quantized so far and activations not:
+    the same by hand."""
+    sim = simulation()
+    apply_seq_mse(sim, batches(), 10, progress=False)
+    expected = ranges(sim)
+
+    hand = simulation()
+    params = SeqMseParams(None, 10)
+    for layer in (hand.model.stem, hand.model.depthwise, hand.model.point):
+        inputs: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))  # noqa: B023
+        treated = [n for n in ("stem", "depthwise", "point") if ranges(hand).get(n) is not None]
+        removed = []
+        for path, module in hand.named_qmodules():
+            removed.append(module._remove_activation_quantizers())
+            if path not in treated:
+                removed.append(module._remove_param_quantizers())
+        for context in removed:
+            context.__enter__()
+        with torch.no_grad():
+            for x in batches():
+                hand.model(x)
+        for context in reversed(removed):
+            context.__exit__(None, None, None)
+        handle.remove()
+        layer.compute_param_encodings()
+        seq_mse.optimize_module(layer, inputs, inputs, params)
+    for name in ("stem", "depthwise", "point"):
+        assert torch.equal(ranges(hand)[name], expected[name]), name
+
+
+def test_the_form_of_aimet_2_0_warns_and_does_the_same() -> None:
+    model = small()
+    old, new = (QuantizationSimModel(model, batches()[0], default_param_bw=4) for _ in range(2))
+    with pytest.warns(DeprecationWarning, match="2.0"):
+        apply_seq_mse(model, old, batches(), SeqMseParams(2, 8), modules_to_exclude=[model.point])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = apply_seq_mse(
+            new, batches()[:2], num_candidates=8, modules_to_exclude=[new.model.point],
+            progress=False,
+        )  # fmt: skip
+    assert same(ranges(old), ranges(new))
+    assert report["point"].reason == "excluded by the caller"
+    assert new.model.point.param_quantizers["weight"].is_overwrite_allowed()
+
+
+@pytest.mark.parametrize("inp_symmetry", ["symfp", "asym"])
+@pytest.mark.parametrize("loss_fn", ["l1", "sqnr"])
+def test_other_symmetries_and_losses_run_through_the_model(inp_symmetry: str, loss_fn: str) -> None:
+    sim = simulation()
+    report = apply_seq_mse(
+        sim, batches(), inp_symmetry=inp_symmetry, loss_fn=loss_fn, progress=False
+    )
+    assert report.walk["streamed"] == {"float": True, "quant": True}
+    assert all(report[n].loss_after <= report[n].loss_before for n in TREATED)  # type: ignore[operator]
+
+
+def test_forward_fn_and_dict_batches() -> None:
+    expected, dicts, called = simulation(), simulation(), simulation()
+    apply_seq_mse(expected, batches(), progress=False)
+    apply_seq_mse(dicts, [{"x": x} for x in batches()], progress=False)
+    apply_seq_mse(
+        called,
+        [(x, "label") for x in batches()],
+        forward_fn=lambda model, batch: model(batch[0]),
+        progress=False,
+    )
+    assert same(ranges(dicts), ranges(expected)) and same(ranges(called), ranges(expected))
+
+
+def test_cache_dir_is_aimets(tmp_path: Path) -> None:
+    first, second = simulation(), simulation()
+    apply_seq_mse(first, batches(), cache_dir=tmp_path, progress=False)
+    assert (tmp_path / "running_module_names.txt").read_text().split() == TREATED
+    assert set(load_file(tmp_path / "point.safetensors")) == {"min", "max"}
+    report = apply_seq_mse(second, batches(), cache_dir=tmp_path, progress=False)
+    assert [report[name].status for name in TREATED] == ["resumed"] * 5
+    assert same(ranges(first), ranges(second))
+
+
+def test_an_interrupted_run_leaves_the_simulation_and_goes_on_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sim = simulation(), simulation()
+    apply_seq_mse(whole, batches(), progress=False)
+    treat = seq_mse._optimize_layer
+    done = []
+
+    def stopping(layer: Any, *args: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(layer.path)
+        return treat(layer, *args)
+
+    monkeypatch.setattr(seq_mse, "_optimize_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
+    fresh = simulation()
+    for layer in fresh.qmodules():
+        layer.compute_param_encodings()
+    assert same(ranges(sim), ranges(fresh))  # calibrated, not treated
+    monkeypatch.setattr(seq_mse, "_optimize_layer", treat)
+    report = apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
+    assert [report[name].status for name in TREATED] == ["resumed"] * 3 + ["treated"] * 2
+    assert same(ranges(sim), ranges(whole))
+    with pytest.raises(ValueError, match="data"):
+        apply_seq_mse(simulation(), batches(seed=9), results_dir=tmp_path, progress=False)
+
+
+def test_adaround_after_sequential_mse_keeps_its_ranges() -> None:
+    sim = simulation()
+    apply_seq_mse(sim, batches(), progress=False)
+    chosen = ranges(sim)
+    Adaround.round_simulation(
+        sim, AdaroundParameters(batches(), 3, default_num_iterations=20, progress=False)
+    )
+    assert same(ranges(sim), chosen)
+
+
+def test_bad_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"inp_symmetry.*'both'"):
+        SeqMseParams(1, inp_symmetry="both")
+    with pytest.raises(ValueError, match=r"loss_fn.*'l2'"):
+        SeqMseParams(1, loss_fn="l2")
+    with pytest.raises(ValueError, match=r"num_candidates.*0"):
+        SeqMseParams(1, num_candidates=0)
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"blocks": 1}))
+    with pytest.raises(ValueError, match="blocks"):
+        apply_seq_mse(simulation(), batches(), checkpoints_config=str(config))
+    with pytest.raises(ValueError, match=r"modules_to_exclude.*Linear"):
+        apply_seq_mse(simulation(), batches(), modules_to_exclude=[nn.Linear(2, 2)])
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="num_batches"):
+        model = small()
+        sim = QuantizationSimModel(model, batches()[0])
+        apply_seq_mse(model, sim, batches(), SeqMseParams(7))
