@@ -727,7 +727,10 @@ impl<'a> Placement<'a> {
                 self.flow.graph.nodes[node].module,
             ) {
                 (Some(module), _) => {
-                    for (input, seen) in self.flow.graph.nodes[node].inputs.iter().zip(&seen) {
+                    let inputs = &self.flow.graph.nodes[node].inputs;
+                    // Arithmetic of sizes is no matter for quantizers.
+                    let numbers_only = inputs.iter().all(|input| input.tensor.is_none());
+                    for (input, seen) in inputs.iter().zip(&seen).filter(|_| !numbers_only) {
                         if let Some(&id) =
                             self.slots[module].inputs.get(input.slot).filter(|_| !seen)
                         {

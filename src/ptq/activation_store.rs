@@ -129,8 +129,7 @@ impl ActivationStore {
         let len = bytes.numel() as u64;
         self.untrimmed += len;
         if self.untrimmed > self.budget / 8 {
-            give_back_freed_memory();
-            self.untrimmed = 0;
+            self.trim();
         }
         let file = nameless_file(&self.folder, len)?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -138,6 +137,13 @@ impl ActivationStore {
         mapped.f_copy_(bytes)?;
         self.usage.spilled += len;
         Ok(mapped)
+    }
+
+    /// Has the allocator give freed memory back to the system. Happens by itself while spilling; worth calling
+    /// after a run of the whole model.
+    pub fn trim(&mut self) {
+        give_back_freed_memory();
+        self.untrimmed = 0;
     }
 
     fn insert(&mut self, key: usize, bytes: u64, is_resident: bool) {

@@ -46,6 +46,11 @@ impl PyActivationStore {
             .map_err(to_py)
     }
 
+    /// Has the allocator give freed memory back.
+    fn trim(&mut self) {
+        self.0.trim();
+    }
+
     /// Bytes: resident, peak_resident, mapped, spilled.
     fn usage(&self) -> HashMap<&'static str, u64> {
         let usage = self.0.usage();

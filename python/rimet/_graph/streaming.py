@@ -560,6 +560,7 @@ class StreamingWalk:
         for signature, members in by_signature.items():
             program, _ = record_program(model, self.batches[members[0]], self._forward, paths)
             self._records.setdefault(name, program)
+            self._store.trim()
             try:
                 verify(program, model, self.batches[members[-1]], self._forward)
             except ReplayError as error:
@@ -567,6 +568,7 @@ class StreamingWalk:
                     raise
                 # It decides otherwise, and will get a program of its own. This one needs its proof still.
                 verify(program, model, self.batches[members[0]], self._forward)
+            self._store.trim()
             programs[signature] = program
         return programs
 

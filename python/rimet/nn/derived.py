@@ -80,7 +80,8 @@ def _completed(
     def copied(value: Any) -> Any:
         return value if memo is None else copy.deepcopy(value, memo)
 
-    module.__class__ = maker(type(module))
+    if not isinstance(module, Derived):
+        module.__class__ = maker(type(module))
     for name, value in attributes.items():
         if name == "_modules":
             for child, submodule in value.items():

@@ -231,7 +231,7 @@ mod x86 {
         unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
             // SAFETY: by the contract; `Avx512` is only named where AVX-512 is enabled.
             unsafe {
-                if bytes % 64 != 0 {
+                if !bytes.is_multiple_of(64) {
                     return Avx2::stream(to, from, bytes);
                 }
                 for i in (0..bytes).step_by(64) {

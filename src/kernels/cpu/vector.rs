@@ -106,34 +106,40 @@ impl<C: Compute> Vector<C> for Lanes<C> {
     #[inline(always)]
     fn min(mut self, other: Self) -> Self {
         for j in 0..LANES {
-            if !(self.0[j] < other.0[j]) {
-                self.0[j] = other.0[j];
-            }
+            // `other` also where the comparison is false for NaN.
+            self.0[j] = if self.0[j] < other.0[j] {
+                self.0[j]
+            } else {
+                other.0[j]
+            };
         }
         self
     }
     #[inline(always)]
     fn max(mut self, other: Self) -> Self {
         for j in 0..LANES {
-            if !(self.0[j] > other.0[j]) {
-                self.0[j] = other.0[j];
-            }
+            // `other` also where the comparison is false for NaN.
+            self.0[j] = if self.0[j] > other.0[j] {
+                self.0[j]
+            } else {
+                other.0[j]
+            };
         }
         self
     }
     #[inline(always)]
     fn le(self, other: Self) -> Self::Mask {
         let mut mask = [false; LANES];
-        for j in 0..LANES {
-            mask[j] = self.0[j] <= other.0[j];
+        for (j, m) in mask.iter_mut().enumerate() {
+            *m = self.0[j] <= other.0[j];
         }
         mask
     }
     #[inline(always)]
     fn ordered(self) -> Self::Mask {
         let mut mask = [false; LANES];
-        for j in 0..LANES {
-            mask[j] = !self.0[j].is_nan();
+        for (j, m) in mask.iter_mut().enumerate() {
+            *m = !self.0[j].is_nan();
         }
         mask
     }
@@ -154,8 +160,8 @@ impl<C: Compute> Vector<C> for Lanes<C> {
     }
     #[inline(always)]
     fn select(mask: Self::Mask, mut yes: Self, no: Self) -> Self {
-        for j in 0..LANES {
-            if !mask[j] {
+        for (j, m) in mask.into_iter().enumerate() {
+            if !m {
                 yes.0[j] = no.0[j];
             }
         }

@@ -500,6 +500,19 @@ MODELS: dict[str, tuple[Callable[[Any], nn.Module], Callable[[], tuple[torch.Ten
 }
 
 
+#: Models with functional operations or reused modules, to be compared after `prepare_model`, too. (AIMET looks into its own
+#: elementwise modules and replaces them as well; rimet leaves them, so models with such are not in this list.)
+PREPARED = (
+    "resnet_functional",
+    "mobilenet_v2",
+    "dense_functional",
+    "squeeze_excite",
+    "unet",
+    "shuffle",
+    "reused",
+)
+
+
 def build(name: str, ops: Any) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """The model in evaluation mode with its formula weights, and its input."""
     make, inputs = MODELS[name]

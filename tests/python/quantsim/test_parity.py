@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rimet.common.quantsim_config import utils
+from rimet.model_preparer import prepare_model
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn.modules import custom
 from rimet.quantsim import QuantizationSimModel
@@ -17,9 +18,10 @@ from rimet.quantsim import QuantizationSimModel
 DATA = Path(__file__).parents[2] / "data" / "quantsim"
 sys.path.insert(0, str(DATA))
 
-from models import MODELS, build, describe  # noqa: E402
+from models import MODELS, PREPARED, build, describe  # noqa: E402
 
-GOLDEN = json.loads((DATA / "golden.json").read_text())["models"]
+RECORDED = json.loads((DATA / "golden.json").read_text())
+GOLDEN = RECORDED["models"]
 CONFIGS: dict[str, tuple[Any, int, int]] = {
     "default": (None, 8, 8),
     "per_tensor_w4a16": (utils.get_path_for_per_tensor_config(), 16, 4),
@@ -77,3 +79,21 @@ def test_placement_and_encodings_equal_aimets(name: str, config: str) -> None:
     sim.compute_encodings(lambda m: m(*inputs))
     got = describe(sim.model, lambda m: isinstance(m, BaseQuantizationMixin))
     assert_same(got, GOLDEN[name][config], name)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("name", PREPARED)
+def test_prepared_models_have_aimets_placement_and_encodings(name: str, functional: bool) -> None:
+    model, inputs = build(name, custom)
+    dummy = inputs if len(inputs) > 1 else inputs[0]
+    prepared = prepare_model(model)
+    torch.testing.assert_close(prepared(*inputs), model(*inputs), rtol=0, atol=0)
+    sim = QuantizationSimModel(prepared, dummy, quantize_functional_ops=functional)
+    assert sim.report.functional_ops == []
+    sim.compute_encodings(lambda m: m(*inputs))
+    got = describe(sim.model, lambda m: isinstance(m, BaseQuantizationMixin))
+    expected = dict(RECORDED["prepared"][name])
+    if name == "shuffle":
+        # AIMET has a quantizer for the 2 in `channels // 2`, which no tensor ever reaches.
+        del expected["module_floordiv"], got["module_floordiv"]
+    assert_same(got, expected, name)
