@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import rimet
 import torch
 from digits import Split, accuracy, load_digits, train, train_float_model
+from rimet.adaround import Adaround, AdaroundParameters
 from rimet.batch_norm_fold import fold_all_batch_norms
 from rimet.bias_correction import correct_bias
 from rimet.common.defs import QuantScheme
@@ -31,8 +33,10 @@ from rimet.common.quantsim_config.utils import (
     get_path_for_per_channel_config,
     get_path_for_per_tensor_config,
 )
-from rimet.cross_layer_equalization import equalize_model
+from rimet.cross_layer_equalization import CrossLayerScaling, equalize_model
 from rimet.quantsim import QuantParams
+from rimet.quantsim.config_utils import set_grouped_blockwise_quantization_for_weights
+from rimet.seq_mse import apply_seq_mse
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -131,6 +135,89 @@ def recover(
     return rows, spent
 
 
+def treat_weights(
+    model: nn.Module, calibration: Split, test: Split, repeats: int, iterations: int
+) -> list[Row]:
+    """W4A8 with one weight scale per tensor: rounding to nearest, and what the techniques that choose
+    ranges and rounding from data make of it. Last, blocks with integer scales (LPBQ).
+
+    The time in the table is that of the technique and of calibration.
+    """
+    rows = [Row("FP32", accuracy(model, test), size_kib(model), None, 1.0)]
+    batches = list(calibration.images.split(32))
+    config = get_path_for_per_tensor_config()
+
+    def simulation(float_model: nn.Module, config_file: str = config) -> rimet.QuantizationSimModel:
+        return rimet.QuantizationSimModel(
+            float_model,
+            dummy_input=calibration.images[:1],
+            quant_scheme=QuantScheme.min_max,
+            default_param_bw=4,
+            default_output_bw=8,
+            config_file=config_file,
+        )
+
+    def nearest() -> rimet.QuantizationSimModel:
+        return simulation(model)
+
+    def sequential_mse() -> rimet.QuantizationSimModel:
+        sim = simulation(model)
+        apply_seq_mse(sim, batches)
+        return sim
+
+    def adaround(float_model: nn.Module) -> rimet.QuantizationSimModel:
+        params = AdaroundParameters(batches, len(batches), default_num_iterations=iterations)
+        with tempfile.TemporaryDirectory() as folder:
+            rounded = Adaround.apply_adaround(
+                float_model,
+                calibration.images[:1],
+                params,
+                folder,
+                "adaround",
+                default_param_bw=4,
+                default_quant_scheme=QuantScheme.min_max,
+                default_config_file=config,
+            )
+            sim = simulation(rounded)
+            sim.set_and_freeze_param_encodings(f"{folder}/adaround.encodings")
+        return sim
+
+    def equalized_adaround() -> rimet.QuantizationSimModel:
+        equalized = copy.deepcopy(model)
+        CrossLayerScaling.scale_model(equalized, INPUT_SHAPE)
+        return adaround(equalized)
+
+    def blocks() -> rimet.QuantizationSimModel:
+        sim = simulation(model, get_path_for_per_channel_config())
+        set_grouped_blockwise_quantization_for_weights(
+            sim,
+            lambda module: (
+                isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[1] % 8 == 0
+            ),
+            bitwidth=4,
+            symmetric=True,
+            decompressed_bw=8,
+            block_size=8,
+        )
+        return sim
+
+    treatments = [
+        ("W4A8 per-tensor", nearest),
+        ("  Sequential MSE", sequential_mse),
+        ("  AdaRound", lambda: adaround(model)),
+        ("  scaled, AdaRound", equalized_adaround),
+        ("W4A8 LPBQ, blocks of 8", blocks),
+    ]
+    for name, treat in treatments:
+        start = time.perf_counter()
+        sim = treat()
+        sim.compute_encodings(lambda quantized: quantized(calibration.images))
+        spent = 1e3 * (time.perf_counter() - start)
+        ratio = forward_ratio(sim.model, model, test.images, repeats)
+        rows.append(Row(name, accuracy(sim.model, test), size_kib(sim.model), spent, ratio))
+    return rows
+
+
 def print_table(rows: list[Row]) -> None:
     print(f"\n{'':24}{'accuracy':>10}{'vs FP32':>10}{'size':>11}{'calibration':>13}{'forward':>10}")
     for row in rows:
@@ -183,7 +270,9 @@ def main() -> int:
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    epochs, qat_epochs, repeats = (6, 1, 2) if arguments.smoke else (24, 10, 20)
+    epochs, qat_epochs, repeats, iterations = (
+        (6, 1, 2, 20) if arguments.smoke else (24, 10, 20, 500)
+    )
 
     # The model is so small that one thread is as fast as many, and the sums come out the same on
     # machines with different numbers of cores.
@@ -222,6 +311,9 @@ def main() -> int:
     measure(f"W4A4, QAT {qat_epochs} epochs", sim, milliseconds)
     print_table(rows)
 
+    treated = treat_weights(model, calibration, test, repeats, iterations)
+    print_table(treated)
+
     unbalanced, spent = recover(trained, calibration, test, repeats)
     print_table(unbalanced)
     print(f"Equalization and bias correction took {spent:.0f} ms.")
@@ -245,6 +337,7 @@ def main() -> int:
     seconds = time.perf_counter() - began
     report = {
         "rows": [asdict(row) for row in rows],
+        "treated": [asdict(row) for row in treated],
         "unbalanced": [asdict(row) for row in unbalanced],
         "logits_agree": agreed,
         "seconds": seconds,

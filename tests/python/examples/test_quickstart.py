@@ -75,6 +75,25 @@ def test_numbers_are_consistent(quickstart: tuple[Path, str]) -> None:
     assert all(rows[name]["calibration_ms"] > 0 for name in ROWS[1:])
 
 
+def test_weights_are_treated_in_every_way(quickstart: tuple[Path, str]) -> None:
+    out, printed = quickstart
+    rows = json.loads((out / "quickstart.json").read_text())["treated"]
+    names = [
+        "FP32",
+        "W4A8 per-tensor",
+        "  Sequential MSE",
+        "  AdaRound",
+        "  scaled, AdaRound",
+        "W4A8 LPBQ, blocks of 8",
+    ]
+    assert [row["name"] for row in rows] == names
+    # A barely trained model: two points are a dozen of its test images. Sequential MSE fits each layer
+    # to the inputs that the layers before it give, with their errors: that may end below nearest rounding.
+    nearest = rows[1]["accuracy"]
+    assert all(row["accuracy"] >= nearest - 2 for row in rows[3:])
+    assert all(row["name"] in printed for row in rows)
+
+
 def test_unbalanced_model_recovers(quickstart: tuple[Path, str]) -> None:
     out, printed = quickstart
     rows = json.loads((out / "quickstart.json").read_text())["unbalanced"]
