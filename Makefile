@@ -28,6 +28,9 @@ WITH_TORCH = LD_LIBRARY_PATH="$$($(BIN)/python -c 'import os, torch; print(os.pa
 # so that neither makes the other stale.
 PYTHON_TARGET := target/python
 BUILT := $(PYTHON_TARGET)/.built
+# Sanitizers want the target by name: build scripts and macros are then built without them. They are
+# behind rustc's bootstrap switch, in the stable tool chain too.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 
 .PHONY: help
 help: ## list the targets
@@ -68,6 +71,12 @@ test-rust: $(VENV)/.installed ## the engine's tests, without Python
 	@echo "== cargo test (the first time builds torch's C++ API once more, without Python: some 2 minutes)"
 	cargo build --release --locked --lib --examples
 	$(WITH_TORCH) cargo test --release --locked --quiet
+
+.PHONY: sanitize
+sanitize: $(VENV)/.installed ## AddressSanitizer over the tests of kernels and encodings
+	@echo "== cargo test with AddressSanitizer (the first time builds torch's C++ API once more)"
+	$(WITH_TORCH) RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 \
+		cargo test --release --locked --quiet --lib --target $(HOST) --target-dir target/sanitize -- kernels encoding
 
 .PHONY: test-python
 test-python: build library ## the package's tests

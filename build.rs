@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     "schemas.cpp",
     "adaround.cpp",
     "affine.cpp",
     "affine_autograd.cpp",
     "affine_tensor_ops.cpp",
     "cuda.cpp",
+    "float.cpp",
+    "grouped_block.cpp",
     "min_max.cpp",
     "rust_api.cpp",
     "seq_mse.cpp",

@@ -22,6 +22,7 @@ os.dup2(2, 1)
 
 import torch  # noqa: E402
 from aimet_torch.quantization import affine, encoding_analyzer  # noqa: E402
+from aimet_torch.quantization.float import FloatQuantizeDequantize  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 Call = Callable[[], object]
@@ -93,6 +94,36 @@ def module(
     return lambda: torch.autograd.grad(quantizer(x), leaves, grad)
 
 
+def grouped_block(shape: list[int], encoding: list[int]) -> Call:
+    """LPBQ with learned ranges, forward and backward."""
+    x = _normal(shape).requires_grad_()
+    quantizer = affine.GroupedBlockQuantizeDequantize(
+        tuple(encoding), 4, True, 8, block_size=(1, shape[1] // encoding[1]), block_grouping=(1, -1)
+    )
+    spread = 4 * torch.linspace(0.2, 1.0, encoding[1]).expand(encoding).contiguous()
+    quantizer.set_range(-spread, spread)
+    grad = torch.ones_like(x)
+    leaves = (x, quantizer.min, quantizer.max)
+    return lambda: torch.autograd.grad(quantizer(x), leaves, grad)
+
+
+def float_quantizer(shape: list[int], options: dict[str, Any], backward: bool) -> Call:
+    """A quantizer to a floating-point format; gradients to the input."""
+    x = _normal(shape).requires_grad_(backward)
+    quantizer = FloatQuantizeDequantize(**options)
+    quantizer.maxval.fill_(4.0)
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return quantizer(x)
+
+        return forward
+    grad = torch.ones_like(x)
+    # AIMET's composition for formats that are no dtype of torch passes no gradient to the input.
+    return lambda: torch.autograd.grad(quantizer(x), x, grad, allow_unused=True)
+
+
 def quantize(shape: list[int], encoding: list[int], bits: int, symmetric: bool) -> Call:
     x = _normal(shape)
     qmin, qmax = _grid(bits, symmetric)
@@ -152,6 +183,8 @@ def analyzer(
 WORKS: dict[str, Callable[..., Call | Pair]] = {
     "qdq": qdq,
     "module": module,
+    "grouped_block": grouped_block,
+    "float_quantizer": float_quantizer,
     "quantize": quantize,
     "dequantize": dequantize,
     "after_conv": after_conv,

@@ -1,9 +1,10 @@
-"""The affine ops on the CPU: size, granularity, dtype, place in a model, growth."""
+"""The ops on the CPU: size, granularity, dtype, place in a model, growth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -329,6 +330,94 @@ def quantizer_module(size: Size) -> Iterator[Row]:
         )
 
 
+def grouped_block(size: Size) -> Iterator[Row]:
+    """LPBQ with learned ranges: two-level scales of blocks of 64, forward and backward."""
+    from rimet.quantization.affine import GroupedBlockQuantizeDequantize
+
+    rows_, columns = size.shape(MATRIX, (16, 128))
+    encoding = (rows_, columns // 64)
+    x = normal((rows_, columns)).requires_grad_()
+    grad = torch.ones_like(x)
+
+    def rimet() -> Callable[[], object]:
+        quantizer = GroupedBlockQuantizeDequantize(
+            encoding, 4, True, 8, block_size=(1, 64), block_grouping=(1, -1)
+        )
+        quantizer.set_range(-4 * block_spread(encoding), 4 * block_spread(encoding))
+        leaves = (x, quantizer.min, quantizer.max)
+        return lambda: torch.autograd.grad(quantizer(x), leaves, grad)
+
+    yield Row(
+        SECTION,
+        f"grouped-block (LPBQ) 64, 4 bit, forward + backward, {written(x.shape)}",
+        x.numel(),
+        [
+            Contestant("rimet", rimet),
+            Contestant("clone", lambda: lambda: torch.autograd.grad(x.clone(), x, grad)),
+            Remote("AIMET", "grouped_block", {"shape": list(x.shape), "encoding": list(encoding)}),
+        ],
+        reaches=[Reach("rimet", "AIMET", 1 / 8)],
+    )
+
+
+def block_spread(encoding: Sequence[int]) -> Tensor:
+    """Ranges that differ from block to block, as those of weights do."""
+    return torch.linspace(0.2, 1.0, encoding[1]).expand(tuple(encoding)).contiguous()
+
+
+def floating_point(size: Size) -> Iterator[Row]:
+    """Quantizers to floating-point formats: per tensor, and in blocks."""
+    from rimet.quantization.float import FloatQuantizeDequantize
+
+    matrix = size.shape(MATRIX, (16, 128))
+    x = normal(matrix).requires_grad_()
+    grad = torch.ones_like(x)
+    cases: list[tuple[str, dict[str, object]]] = [
+        ("float8 e4m3fn per-tensor", {"exponent_bits": 4, "mantissa_bits": 3, "finite": True}),
+        (
+            "float4 e2m1 blocks of 32",
+            {
+                "exponent_bits": 2,
+                "mantissa_bits": 1,
+                "finite": True,
+                "shape": [matrix[0], matrix[1] // 32],
+                "block_size": [1, 32],
+            },
+        ),
+    ]
+    for label, options in cases:
+        for backward in (False, True):
+
+            def rimet(
+                options: dict[str, Any] = options, backward: bool = backward
+            ) -> Callable[[], object]:
+                quantizer = FloatQuantizeDequantize(**options)
+                quantizer.maxval.fill_(4.0)
+                if not backward:
+                    return quiet(lambda: quantizer(x))
+                return lambda: torch.autograd.grad(quantizer(x), x, grad)
+
+            def clone(backward: bool = backward) -> Callable[[], object]:
+                if not backward:
+                    return quiet(x.clone)
+                return lambda: torch.autograd.grad(x.clone(), x, grad)
+
+            yield Row(
+                SECTION,
+                f"{label}, forward{' + backward' if backward else ''}, {written(matrix)}",
+                x.numel(),
+                [
+                    Contestant("rimet", rimet),
+                    Contestant("clone", clone),
+                    Remote(
+                        "AIMET",
+                        "float_quantizer",
+                        {"shape": list(matrix), "options": options, "backward": backward},
+                    ),
+                ],
+            )
+
+
 def growth(size: Size) -> Iterator[Row]:
     """Cost against the number of elements: a straight line, or something is wrong."""
     elements = 1000
@@ -395,6 +484,8 @@ def rows(size: Size) -> Iterator[Row]:
         (1, 64),
         reaches=[Reach("rimet", "AIMET", 1 / 8)],
     )
+    yield from grouped_block(size)
+    yield from floating_point(size)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         label = f"QDQ per-tensor 8 bit, forward, {str(dtype).removeprefix('torch.')}"
         yield forward(label, activation, (), 8, False, dtype=dtype)

@@ -212,13 +212,6 @@ Grads affine_backward_meta(const AffineArgs& args, const Tensor& grad, const Ten
 
 namespace {
 
-std::optional<std::vector<int64_t>> copy(Block block) {
-  if (!block.has_value()) {
-    return std::nullopt;
-  }
-  return block->vec();
-}
-
 AffineArgs quantize_args(int64_t qmin, int64_t qmax, Block block) {
   AffineArgs a("quantize", AffineArgs::kQuantize);
   a.qmin = qmin;

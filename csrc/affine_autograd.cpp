@@ -1,28 +1,9 @@
 // Autograd for the affine ops: the backward pass recomputes what it needs from the input.
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-
-#include "ops.h"
+#include "autograd.h"
 
 namespace rimet {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-template <class... T>
-bool wants_grad(const T&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
-}
-
-std::optional<std::vector<int64_t>> saved_block(AutogradContext& context, const char* key) {
-  return context.saved_data[key].toOptional<std::vector<int64_t>>();
-}
-
-Block as_ref(const std::optional<std::vector<int64_t>>& block) {
-  return block ? Block(at::IntArrayRef(*block)) : Block(std::nullopt);
-}
 
 // Plain arguments as the op takes them.
 template <class T>
@@ -55,13 +36,6 @@ struct Function : torch::autograd::Function<Function<Op>> {
     return result;
   }
 };
-
-#define RIMET_HANDLE(op, ...)                                                                  \
-  ([]() -> auto& {                                                                             \
-    static auto handle =                                                                       \
-        c10::Dispatcher::singleton().findSchemaOrThrow("rimet::" op, "").typed<__VA_ARGS__>(); \
-    return handle;                                                                             \
-  }())
 
 using QuantizeSig = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, Block);
 using DequantizeSig = Tensor(const Tensor&, const Tensor&, const Tensor&, Block);

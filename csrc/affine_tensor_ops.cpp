@@ -4,35 +4,29 @@
 #include "ops.h"
 
 namespace rimet {
-namespace {
 
-// The input split into blocks ([.., groups, block, groups, block, ..]) and the encodings shaped to
-// broadcast against it.
-struct Blocks {
-  std::vector<int64_t> shape;  // of the split input
-  std::vector<int64_t> encoding;
-
-  Blocks(const char* op, at::IntArrayRef input, at::IntArrayRef groups,
-         const std::optional<std::vector<int64_t>>& block) {
-    TORCH_CHECK_VALUE(groups.size() <= input.size() || c10::multiply_integers(groups) == 1,
-                      "rimet::", op, ": scale: expected a shape that broadcasts to the input's ",
-                      input, ", got ", groups);
-    const size_t skip = groups.size() > input.size() ? groups.size() - input.size() : 0;
-    const size_t lead = input.size() - (groups.size() - skip);
-    for (size_t i = 0; i < input.size(); ++i) {
-      const size_t k = i - lead + skip;
-      const int64_t g = i < lead ? 1 : groups[k];
-      const int64_t wanted = i < lead || !block ? -1 : (*block)[k];
-      const bool fits = g > 0 && input[i] % g == 0 &&
-                        (!block || wanted == -1 || wanted * g == input[i]) &&
-                        (block || g == 1 || g == input[i]);
-      TORCH_CHECK_VALUE(fits, "rimet::", op, ": scale, block_size: expected to divide the input's ",
-                        input, " at dimension ", i, ", got scale ", groups);
-      shape.insert(shape.end(), {g, input[i] / g});
-      encoding.insert(encoding.end(), {g, 1});
-    }
+Blocks::Blocks(const char* op, at::IntArrayRef input, at::IntArrayRef groups,
+               const std::optional<std::vector<int64_t>>& block) {
+  TORCH_CHECK_VALUE(groups.size() <= input.size() || c10::multiply_integers(groups) == 1,
+                    "rimet::", op, ": scale: expected a shape that broadcasts to the input's ",
+                    input, ", got ", groups);
+  const size_t skip = groups.size() > input.size() ? groups.size() - input.size() : 0;
+  const size_t lead = input.size() - (groups.size() - skip);
+  for (size_t i = 0; i < input.size(); ++i) {
+    const size_t k = i - lead + skip;
+    const int64_t g = i < lead ? 1 : groups[k];
+    const int64_t wanted = i < lead || !block ? -1 : (*block)[k];
+    const bool fits = g > 0 && input[i] % g == 0 &&
+                      (!block || wanted == -1 || wanted * g == input[i]) &&
+                      (block || g == 1 || g == input[i]);
+    TORCH_CHECK_VALUE(fits, "rimet::", op, ": scale, block_size: expected to divide the input's ",
+                      input, " at dimension ", i, ", got scale ", groups);
+    shape.insert(shape.end(), {g, input[i] / g});
+    encoding.insert(encoding.end(), {g, 1});
   }
-};
+}
+
+namespace {
 
 // Constants of a range on a grid.
 struct Range {

@@ -32,6 +32,22 @@ struct RimetAffine {
   int32_t double_compute;  // 0 float32, 1 float64
 };
 
+// How a tensor is quantized to a floating-point format. scale: a contiguous array of the compute
+// type; null where only shapes are looked at.
+struct RimetFloat {
+  const void* scale;
+  const int64_t* encoding;
+  int64_t encoding_ndim;
+  const int64_t* block;
+  int64_t block_len;  // negative: no block size
+  int64_t exponent_bits;
+  int64_t mantissa_bits;
+  int32_t finite;
+  int32_t unsigned_zero;
+  int32_t dequantize;      // 0 quantize, 1 quantize_dequantize
+  int32_t double_compute;  // 0 float32, 1 float64
+};
+
 // All functions answer a status: 0 done, 1 value error, 2 type error, 3 other. Pointers stay valid
 // during the call only. Outputs have the layout of the input.
 const char* rimet_last_error();
@@ -45,6 +61,19 @@ int32_t rimet_range_to_scale_offset_backward(const RimetAffine*, int64_t n, cons
                                              void* grad_max);
 int32_t rimet_min_max(const RimetView* input, const int64_t* encoding, int64_t encoding_ndim,
                       const int64_t* block, int64_t block_len, void* min, void* max);
+int32_t rimet_float_format(const RimetFloat*, double* max, int32_t* min_exponent,
+                           int32_t* fits_f32);
+int32_t rimet_float_forward(const RimetFloat*, const RimetView* input, void* output);
+int32_t rimet_float_backward(const RimetFloat*, const RimetView* input, const void* grad,
+                             void* grad_input, void* grad_scale);
+int32_t rimet_float_check(const RimetFloat*, const RimetView* input);
+// shape: the number of groups along each dimension of the contiguous scale. grad and output are
+// like it, group_scale and grad_group arrays of its dtype.
+int32_t rimet_grouped_block_scale(const RimetView* scale, const int64_t* shape, int64_t levels,
+                                  void* output, void* group_scale);
+int32_t rimet_grouped_block_scale_backward(const RimetView* scale, const int64_t* shape,
+                                           int64_t levels, const void* grad, const void* grad_group,
+                                           void* output);
 
 // AdaRound. Every tensor has the input's dtype and layout.
 struct RimetAdaroundStep {

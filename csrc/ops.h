@@ -17,6 +17,14 @@ namespace rimet {
 using at::Tensor;
 using Block = at::OptionalIntArrayRef;
 
+// A block size that outlives the call.
+inline std::optional<std::vector<int64_t>> copy(Block block) {
+  if (!block.has_value()) {
+    return std::nullopt;
+  }
+  return block->vec();
+}
+
 // An affine op's arguments beside its tensors. The block size is copied, since autograd keeps it.
 struct AffineArgs {
   enum Op : int32_t { kQuantize = 0, kDequantize = 1, kQuantizeDequantize = 2 };
@@ -79,6 +87,16 @@ Tensor dense(const Tensor& tensor);
 // `like`'s layout exactly.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like);
 
+// The input split into blocks ([.., groups, block, groups, block, ..]) and the encodings shaped to
+// broadcast against it; for the implementations in tensor ops.
+struct Blocks {
+  std::vector<int64_t> shape;  // of the split input
+  std::vector<int64_t> encoding;
+
+  Blocks(const char* op, at::IntArrayRef input, at::IntArrayRef groups,
+         const std::optional<std::vector<int64_t>>& block);
+};
+
 // One call of the engine's CUDA kernels: the tensor's device is current, scratch memory lives until
 // the end. Where a kernel cannot be had, callers go on with tensor ops.
 class CudaCall {
@@ -106,6 +124,14 @@ void register_affine_cuda(torch::Library&);
 void register_affine_composite(torch::Library&);
 void register_affine_meta(torch::Library&);
 void register_affine_autograd(torch::Library&);
+void register_float_cpu(torch::Library&);
+void register_float_composite(torch::Library&);
+void register_float_meta(torch::Library&);
+void register_float_autograd(torch::Library&);
+void register_grouped_block_cpu(torch::Library&);
+void register_grouped_block_composite(torch::Library&);
+void register_grouped_block_meta(torch::Library&);
+void register_grouped_block_autograd(torch::Library&);
 void register_min_max_cpu(torch::Library&);
 void register_min_max_cuda(torch::Library&);
 void register_min_max_composite(torch::Library&);

@@ -30,6 +30,12 @@ const char* const kSchemas[] = {
     "range_to_scale_offset(Tensor min, Tensor max, int qmin, int qmax, bool symmetric)"
     " -> (Tensor scale, Tensor offset)",
     "min_max(Tensor input, int[] shape, int[]? block_size=None) -> (Tensor min, Tensor max)",
+    "float_quantize(Tensor input, Tensor scale, int exponent_bits, int mantissa_bits,"
+    " bool finite=False, bool unsigned_zero=False, int[]? block_size=None) -> Tensor",
+    "float_quantize_dequantize(Tensor input, Tensor scale, int exponent_bits, int mantissa_bits,"
+    " bool finite=False, bool unsigned_zero=False, int[]? block_size=None) -> Tensor",
+    "grouped_block_scale(Tensor scale, int[] block_grouping, int levels)"
+    " -> (Tensor scale, Tensor group_scale)",
     // The backward passes. output_mask says which gradients are wanted.
     "quantize_backward(Tensor grad, Tensor input, Tensor scale, Tensor offset, int qmin, int qmax,"
     " int[]? block_size, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
@@ -44,6 +50,14 @@ const char* const kSchemas[] = {
     " -> (Tensor, Tensor, Tensor)",
     "range_to_scale_offset_backward(Tensor grad_scale, Tensor grad_offset, Tensor min, Tensor max,"
     " int qmin, int qmax, bool symmetric) -> (Tensor, Tensor)",
+    "float_quantize_backward(Tensor grad, Tensor input, Tensor scale, int exponent_bits,"
+    " int mantissa_bits, bool finite, bool unsigned_zero, int[]? block_size, bool[2] output_mask)"
+    " -> (Tensor, Tensor)",
+    "float_quantize_dequantize_backward(Tensor grad, Tensor input, Tensor scale, int exponent_bits,"
+    " int mantissa_bits, bool finite, bool unsigned_zero, int[]? block_size, bool[2] output_mask)"
+    " -> (Tensor, Tensor)",
+    "grouped_block_scale_backward(Tensor grad_scale, Tensor grad_group_scale, Tensor scale,"
+    " int[] block_grouping, int levels) -> Tensor",
     // AdaRound: weights with a learned rounding, its regularizer, and one fused optimization step.
     "adaround_quantize_dequantize(Tensor input, Tensor alpha, Tensor scale, Tensor offset, int "
     "qmin, int qmax, bool soft_rounding=True, int[]? block_size=None) -> Tensor",
@@ -77,6 +91,8 @@ void register_all() {
 
   auto& cpu = library(torch::Library::IMPL, c10::DispatchKey::CPU);
   register_affine_cpu(cpu);
+  register_float_cpu(cpu);
+  register_grouped_block_cpu(cpu);
   register_min_max_cpu(cpu);
   register_adaround_cpu(cpu);
   register_seq_mse_cpu(cpu);
@@ -89,25 +105,32 @@ void register_all() {
   // Devices without kernels of their own take plain tensor ops.
   auto& composite = library(torch::Library::IMPL, c10::DispatchKey::CompositeExplicitAutograd);
   register_affine_composite(composite);
+  register_float_composite(composite);
+  register_grouped_block_composite(composite);
   register_min_max_composite(composite);
   register_adaround_composite(composite);
   register_seq_mse_composite(composite);
 
   auto& meta = library(torch::Library::IMPL, c10::DispatchKey::Meta);
   register_affine_meta(meta);
+  register_float_meta(meta);
+  register_grouped_block_meta(meta);
   register_min_max_meta(meta);
   register_adaround_meta(meta);
   register_seq_mse_meta(meta);
 
   auto& autograd = library(torch::Library::IMPL, c10::DispatchKey::Autograd);
   register_affine_autograd(autograd);
+  register_float_autograd(autograd);
+  register_grouped_block_autograd(autograd);
   register_adaround_autograd(autograd);
   // These have no derivative: asking for one is an error, not a silent zero.
   for (const char* name :
        {"min_max", "quantize_backward", "dequantize_backward", "quantize_dequantize_backward",
         "quantize_dequantize_range_backward", "range_to_scale_offset_backward",
-        "adaround_quantize_dequantize_backward", "adaround_regularizer_backward", "adaround_step_",
-        "reconstruction_error", "row_dot"}) {
+        "float_quantize_backward", "float_quantize_dequantize_backward",
+        "grouped_block_scale_backward", "adaround_quantize_dequantize_backward",
+        "adaround_regularizer_backward", "adaround_step_", "reconstruction_error", "row_dot"}) {
     autograd.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 
@@ -116,7 +139,8 @@ void register_all() {
   for (auto key : {c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA}) {
     auto& autocast = library(torch::Library::IMPL, key);
     for (const char* name :
-         {"quantize", "dequantize", "quantize_dequantize", "quantize_dequantize_range"}) {
+         {"quantize", "dequantize", "quantize_dequantize", "quantize_dequantize_range",
+          "float_quantize", "float_quantize_dequantize"}) {
       autocast.impl(name, torch::CppFunction::makeFallthrough());
     }
   }

@@ -12,6 +12,9 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
+mod float;
+mod grouped_block;
+
 /// Status codes of the boundary.
 const OK: i32 = 0;
 const VALUE_ERROR: i32 = 1;
@@ -92,6 +95,29 @@ pub(super) const FLOAT16: i32 = 5;
 pub(super) const FLOAT32: i32 = 6;
 pub(super) const FLOAT64: i32 = 7;
 pub(super) const BFLOAT16: i32 = 15;
+
+/// Calls a generic function for the stored type, the compute type and the operation.
+macro_rules! for_types {
+    ($dtype:expr, $double:expr, $function:ident ( $($argument:expr),* )) => {
+        match ($dtype, $double != 0) {
+            (FLOAT32, false) => $function::<f32, f32>($($argument),*),
+            (FLOAT32, true) => $function::<f32, f64>($($argument),*),
+            (FLOAT64, _) => $function::<f64, f64>($($argument),*),
+            (FLOAT16, false) => $function::<f16, f32>($($argument),*),
+            (FLOAT16, true) => $function::<f16, f64>($($argument),*),
+            (BFLOAT16, false) => $function::<bf16, f32>($($argument),*),
+            (BFLOAT16, true) => $function::<bf16, f64>($($argument),*),
+            (other, _) => Err(Error::type_(
+                "input",
+                "a tensor of float16, bfloat16, float32 or float64",
+                format!("dtype number {other}"),
+            )),
+        }
+    };
+}
+use for_types;
+
+mod ptq;
 
 /// # Safety
 /// `p` points to `n` integers, or `n` is 0.
@@ -235,28 +261,6 @@ impl Affine {
     }
 }
 
-/// Calls a generic function for the stored type, the compute type and the operation.
-macro_rules! for_types {
-    ($dtype:expr, $double:expr, $function:ident ( $($argument:expr),* )) => {
-        match ($dtype, $double != 0) {
-            (FLOAT32, false) => $function::<f32, f32>($($argument),*),
-            (FLOAT32, true) => $function::<f32, f64>($($argument),*),
-            (FLOAT64, _) => $function::<f64, f64>($($argument),*),
-            (FLOAT16, false) => $function::<f16, f32>($($argument),*),
-            (FLOAT16, true) => $function::<f16, f64>($($argument),*),
-            (BFLOAT16, false) => $function::<bf16, f32>($($argument),*),
-            (BFLOAT16, true) => $function::<bf16, f64>($($argument),*),
-            (other, _) => Err(Error::type_(
-                "input",
-                "a tensor of float16, bfloat16, float32 or float64",
-                format!("dtype number {other}"),
-            )),
-        }
-    };
-}
-
-mod ptq;
-
 unsafe fn forward<T: Element<C>, C: Compute>(
     affine: &Affine,
     input: &View,
@@ -344,6 +348,7 @@ unsafe fn backward<T: Element<C>, C: Compute>(
     };
     if affine.is_range != 0 && n > 0 {
         let rule = RangeGradient::<C>::new(&grid, affine.symmetric != 0);
+        // SAFETY: `first` and `second` hold `n` elements of the compute type.
         let (min, max) = unsafe {
             (
                 std::slice::from_raw_parts(affine.first.cast::<C>(), n),
@@ -353,6 +358,7 @@ unsafe fn backward<T: Element<C>, C: Compute>(
         rule.apply_all(min, max, &mut sums);
     }
     for (i, sum) in sums.iter().enumerate() {
+        // SAFETY: the outputs hold one element for each of the sums.
         unsafe {
             if !grad_first.is_null() {
                 grad_first.cast::<C>().add(i).write(C::from_f64(sum.0));

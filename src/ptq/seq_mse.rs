@@ -2,8 +2,7 @@
 //!
 //! Of the candidates `range * i / N`, `i = 1..=N`, every encoding of the weight takes the one with the
 //! least error of the outputs it has a part in, on calibration data. A block of input channels counts
-//! with its own part of the output. The idea is that of \[lin2024, frantar2022\]: weights matter as far
-//! as their inputs do.
+//! with its own part of the output.
 //!
 //! For the quadratic losses the error of a candidate with weight change `e = W - W'` is `e^T G e` with
 //! the Gram matrix `G = X^T X` of the input rows, made once. Where there are few rows, the rows themselves

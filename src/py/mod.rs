@@ -11,6 +11,7 @@ mod batch_norm_fold;
 mod bias_correction;
 mod calibration;
 mod cross_layer_equalization;
+mod encoding;
 mod error;
 mod export;
 mod graph;
@@ -30,6 +31,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     bias_correction::register(module)?;
     cross_layer_equalization::register(module)?;
     calibration::register(module)?;
+    encoding::register(module)?;
     export::register(module)?;
     graph::register(module)?;
     linear_map::register(module)?;

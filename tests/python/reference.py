@@ -1,4 +1,4 @@
-"""Slow, obvious reference for the affine ops of ``torch.ops.rimet``.
+"""Slow, obvious reference for the ops of ``torch.ops.rimet``.
 
 Every function spells its formula out with whole-tensor torch arithmetic and shares no code with
 rimet, so that the two can only agree by both being right. `docs/numerics.md` states the same
@@ -288,6 +288,101 @@ def quantize_dequantize_range_grad(
     )
     gmin, gmax = range_to_scale_offset_grad(gs, go, min, max, qmin, qmax, symmetric, compute_dtype)
     return gx, gmin, gmax
+
+
+# ---------------------------------------------------------------------------------- floating point
+
+
+def float_values(
+    exponent_bits: int, mantissa_bits: int, finite: bool, unsigned_zero: bool
+) -> Tensor:
+    """Non-negative values of a format of IEEE 754 or OCP in the order of their codes, code by code."""
+    bias = 2 ** (exponent_bits - 1) - (0 if unsigned_zero else 1)
+    values = []
+    for exponent in range(2**exponent_bits):
+        for mantissa in range(2**mantissa_bits):
+            fraction = mantissa / 2**mantissa_bits
+            if exponent == 0:
+                values.append(2.0 ** (1 - bias) * fraction)
+            elif finite or exponent < 2**exponent_bits - 1:
+                values.append(2.0 ** (exponent - bias) * (1 + fraction))
+    if finite and not unsigned_zero and 1 + exponent_bits + mantissa_bits >= 8:
+        values.pop()  # the code of NaN
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _nearest(ratio: Tensor, values: Tensor) -> Tensor:
+    """The nearest of ``values``, of two equally near ones that of the even code; saturating."""
+    size = ratio.double().abs()
+    above = torch.searchsorted(values, size.nan_to_num().contiguous()).clamp(1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    middle = (low + high) / 2  # exact: neighbours differ by one unit in the last place
+    take_high = (size > middle) | ((size == middle) & (above % 2 == 0))
+    nearest = torch.copysign(torch.where(take_high, high, low), ratio.double())
+    return torch.where(ratio.isnan(), ratio.double(), nearest)
+
+
+def float_quantize(
+    x: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    block_size: Block = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The nearest value of the format to ``x / scale``."""
+    x, s, _ = _aligned(x, scale, scale, block_size, compute_dtype)
+    return _nearest(x / s, values).to(compute_dtype)
+
+
+def float_quantize_dequantize(
+    x: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    block_size: Block = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """:func:`float_quantize` times the scale."""
+    s = spread(scale.detach().to(compute_dtype), x.shape, block_size)
+    return float_quantize(x, scale, values, block_size, compute_dtype) * s
+
+
+def float_quantize_grad(
+    grad: Tensor, x: Tensor, scale: Tensor, values: Tensor, block_size: Block = None
+) -> tuple[Tensor, Tensor]:
+    """``x / scale`` where that is within the largest value, constant outside."""
+    x, s, _ = _aligned(x, scale, scale, block_size, torch.float64)
+    g = torch.where((x / s).abs() <= values[-1], grad.detach().double(), 0.0)
+    return g / s, _sum(-g * x / s / s, scale, block_size)
+
+
+def float_quantize_dequantize_grad(
+    grad: Tensor, x: Tensor, scale: Tensor, values: Tensor, block_size: Block = None
+) -> tuple[Tensor, Tensor]:
+    """Within the largest value ``(g, g * rounding error)``; outside ``(0, g * largest value)``."""
+    x, s, _ = _aligned(x, scale, scale, block_size, torch.float64)
+    g = grad.detach().double()
+    nearest = _nearest(x / s, values)
+    inside = (x / s).abs() <= values[-1]
+    gs = g * torch.where(inside, nearest - x / s, nearest)
+    return torch.where(inside, g, 0.0), _sum(gs, scale, block_size)
+
+
+# ------------------------------------------------------------------------------------ grouped blocks
+
+
+def grouped_block_scale(
+    scale: Tensor, block_grouping: Sequence[int], levels: int
+) -> tuple[Tensor, Tensor]:
+    """Two-level scales, written with operators that autograd differentiates; rounding as identity."""
+    groups = [1 if g == -1 else n // g for n, g in zip(scale.shape, block_grouping, strict=True)]
+    owner = owners(groups, scale.shape, [-1] * scale.dim()) if groups else torch.tensor(0)
+    largest = torch.stack(
+        [scale[owner == group].amax() for group in range(torch.Size(groups).numel())]
+    )
+    group_scale = largest / levels
+    ratio = scale / group_scale[owner]
+    rounded = ratio + (ratio.round() - ratio).detach()
+    return rounded.clamp(1, levels) * group_scale[owner], group_scale.view(groups)
 
 
 # ------------------------------------------------------------------------------------------ helpers

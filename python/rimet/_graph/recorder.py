@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
@@ -422,6 +423,9 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
+            # torch (2.11) forgets to take a removed global hook out of this, and then warns of global
+            # hooks whenever a module is compiled.
+            _global_forward_hooks_with_kwargs.pop(handle.id, None)
     return Recording(
         recorder.builder.finish(),
         modules,

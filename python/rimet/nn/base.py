@@ -24,7 +24,8 @@ from rimet.nn.slots import (
     wrong_slot,
 )
 from rimet.quantization.affine import Quantize, QuantizeDequantize
-from rimet.quantization.float import FloatQuantizeDequantize
+from rimet.quantization.float import FloatEncoding
+from rimet.quantization.tensor import DequantizedTensor
 
 __all__ = ["BaseQuantizationMixin", "UnknownModuleError"]
 
@@ -403,8 +404,12 @@ class BaseQuantizationMixin(metaclass=abc.ABCMeta):
         weight = self._weight_for_fp4("MXFP4", block_size)
         if weight is None:
             return
-        blocks = weight.detach().to(torch.float32).unflatten(1, (-1, block_size))
-        largest = blocks.abs().amax(dim=2)
+        blocks = (
+            weight.detach()
+            .to(torch.float32)
+            .reshape(len(weight), -1, block_size * weight[0, 0].numel())
+        )
+        largest = blocks.abs().amax(dim=2).reshape(*blocks.shape[:2], *(1,) * (weight.dim() - 2))
         exponent = torch.floor(torch.log2(torch.where(largest > 0, largest, 4.0) / 4))
         self._set_fp4_weight(weight, torch.exp2(exponent), block_size)
 
@@ -416,7 +421,8 @@ class BaseQuantizationMixin(metaclass=abc.ABCMeta):
         NVFP4: e2m1 values times ``meta_scale * scale_q``, with a ``scale_q`` for each 16 input
         channels. A module without weight or without a slot for it is left as it is.
 
-        :param scale_q: scales, float8 e4m3, ``[out_channels, in_channels / 16, 1...]``
+        :param scale_q: scales, float8 e4m3, ``[out_channels, in_channels / 16, 1...]``; the kernel's
+            positions share one
         :param meta_scale: one factor for all of them
         :raises RuntimeError: the module is no ``Linear`` or ``Conv``, or shapes or dtype do not fit
         """
@@ -425,7 +431,7 @@ class BaseQuantizationMixin(metaclass=abc.ABCMeta):
             return
         if scale_q.dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
             raise RuntimeError(f"NVFP4: scale_q: expected dtype float8 e4m3, got {scale_q.dtype}")
-        shape = (weight.shape[0], weight.shape[1] // 16, *weight.shape[2:])
+        shape = (weight.shape[0], weight.shape[1] // 16, *(1,) * (weight.dim() - 2))
         if tuple(scale_q.shape) != shape:
             raise RuntimeError(
                 f"NVFP4: scale_q: expected shape {shape}, got {tuple(scale_q.shape)}"
@@ -456,12 +462,16 @@ class BaseQuantizationMixin(metaclass=abc.ABCMeta):
     @torch.no_grad()
     def _set_fp4_weight(self, weight: Tensor, scale: Tensor, block_size: int) -> None:
         reuse.forget(self)
+        encoding = FloatEncoding(
+            mantissa_bits=1,
+            exponent_bits=2,
+            finite=True,
+            unsigned_zero=False,
+            scale=scale,
+            block_size=(1, block_size, *weight.shape[2:]),
+        )
+        rounded = DequantizedTensor._adopt_fresh(encoding.quantize_dequantize(weight), encoding)
         rest = (1,) * (weight.dim() - 2)
-        fp4 = FloatQuantizeDequantize(
-            2, 1, finite=True, shape=tuple(scale.shape), block_size=(1, block_size, *rest)
-        ).to(weight.device)
-        fp4.maxval = 6 * scale  # the greatest e2m1 value
-        rounded = fp4(weight)
         requires_grad = self._parameters["weight"].requires_grad
         self._parameters["weight"] = nn.Parameter(rounded, requires_grad=requires_grad)
         self.param_quantizers["weight"] = QuantizeDequantize(

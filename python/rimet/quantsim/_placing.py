@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,23 +15,23 @@ from rimet.common.defs import QuantScheme
 from rimet.nn import BaseQuantizationMixin, QuantizationMixin, UnknownModuleError
 from rimet.nn.functional_ops import FunctionalOp, make_opaque, make_scope
 from rimet.nn.generic import generic_twin, is_generic
-from rimet.quantization import encoding_analyzer
 from rimet.quantization.affine import QuantizeDequantize
 from rimet.quantization.base import QuantizerBase
-from rimet.quantization.encoding_analyzer import EncodingAnalyzer
+from rimet.quantization.encoding_analyzer import (
+    EncodingAnalyzer,
+    MinMaxEncodingAnalyzer,
+    PercentileEncodingAnalyzer,
+    TfEnhancedEncodingAnalyzer,
+)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-# Scheme -> (name in rimet.quantization.encoding_analyzer, options)
-_ANALYZERS: dict[QuantScheme, tuple[str, dict[str, Any]]] = {
-    QuantScheme.min_max: ("MinMaxEncodingAnalyzer", {}),
-    QuantScheme.training_range_learning_with_tf_init: ("MinMaxEncodingAnalyzer", {}),
-    QuantScheme.post_training_tf_enhanced: ("SqnrEncodingAnalyzer", {"num_bins": 512}),
-    QuantScheme.training_range_learning_with_tf_enhanced_init: (
-        "SqnrEncodingAnalyzer",
-        {"num_bins": 512},
-    ),
-    QuantScheme.post_training_percentile: ("PercentileEncodingAnalyzer", {}),
+_ANALYZERS: dict[QuantScheme, Callable[[tuple[int, ...]], EncodingAnalyzer[Any]]] = {
+    QuantScheme.min_max: MinMaxEncodingAnalyzer,
+    QuantScheme.training_range_learning_with_tf_init: MinMaxEncodingAnalyzer,
+    QuantScheme.post_training_tf_enhanced: TfEnhancedEncodingAnalyzer,
+    QuantScheme.training_range_learning_with_tf_enhanced_init: TfEnhancedEncodingAnalyzer,
+    QuantScheme.post_training_percentile: PercentileEncodingAnalyzer,
 }
 
 
@@ -40,21 +41,13 @@ def analyzer_for(scheme: QuantScheme, shape: tuple[int, ...]) -> EncodingAnalyze
     Raises:
         NotImplementedError: the scheme has no way to find a first range
             (``training_range_learning``).
-        RuntimeError: the scheme's analyzer is not part of this build.
     """
     if scheme not in _ANALYZERS:
         raise NotImplementedError(
             f"quant_scheme: {scheme} says nothing about the range to start from; use "
             "training_range_learning_with_tf_init or training_range_learning_with_tf_enhanced_init"
         )
-    name, options = _ANALYZERS[scheme]
-    make = getattr(encoding_analyzer, name, None)
-    if make is None:
-        raise RuntimeError(
-            f"quant_scheme: {scheme.name} needs {name}, which this build does not have"
-        )
-    analyzer: EncodingAnalyzer[Any] = make(shape, **options)
-    return analyzer
+    return _ANALYZERS[scheme](shape)
 
 
 class Twins(NamedTuple):

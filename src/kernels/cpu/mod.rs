@@ -5,6 +5,8 @@
 pub mod adaround;
 pub mod affine;
 mod element;
+pub mod float;
+pub mod grouped_block;
 pub mod isa;
 mod math;
 pub mod min_max;
@@ -12,6 +14,8 @@ mod parallel;
 mod range;
 mod reduce;
 pub mod seq_mse;
+#[cfg(test)]
+mod tests;
 mod vector;
 mod walk;
 

@@ -211,11 +211,13 @@ def test_mxfp4(spatial: tuple[int, ...]) -> None:
     with torch.no_grad():
         module.weight[0, :4] = 0
     weight = module.weight.detach().clone()
-    largest = weight.unflatten(1, (2, 4)).abs().amax(2)
+    # Blocks of four input channels by all of the kernel's positions.
+    largest = weight.reshape(5, 2, -1).abs().amax(2).reshape(5, 2, *(1 for _ in spatial))
     scale = torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-9) / 4)))
     scale[largest == 0] = 1
     module.set_weight_quantizer_to_mxfp4_int8(block_size=4)
-    expected = nearest_fp4(weight, scale.repeat_interleave(4, 1))
+    scale = scale.repeat_interleave(4, 1).expand_as(weight)
+    expected = nearest_fp4(weight, scale)
     torch.testing.assert_close(module.weight.as_subclass(Tensor).detach(), expected)
     quantizer = module.param_quantizers["weight"]
     assert (quantizer.qmin, quantizer.qmax, quantizer.symmetric) == (-128, 127, True)
@@ -243,6 +245,12 @@ def test_nvfp4() -> None:
     for bad in (scale_q.float(), scale_q[:, :1]):
         with pytest.raises(RuntimeError, match="scale_q"):
             module.set_weight_quantizer_to_nvfp4_int8(bad, 0.05)
+    conv = rnn.QuantizedConv2d(32, 3, 2)
+    weight = conv.weight.detach().clone()
+    conv.set_weight_quantizer_to_nvfp4_int8(scale_q[..., None, None], 0.05)
+    expected = nearest_fp4(weight, scale[..., None, None].expand_as(weight))
+    torch.testing.assert_close(conv.weight.as_subclass(Tensor).detach(), expected)
+    assert conv.weight.encoding.block_size == (1, 16, 2, 2)
     with pytest.raises(RuntimeError, match="meta_scale"):
         module.set_weight_quantizer_to_nvfp4_int8(scale_q, torch.ones(2))
 

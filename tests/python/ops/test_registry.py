@@ -5,7 +5,12 @@ The list of ops comes from torch's registry, so an op without an entry here fail
 
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +30,9 @@ BACKWARD = {
     "quantize_dequantize_backward",
     "quantize_dequantize_range_backward",
     "range_to_scale_offset_backward",
+    "float_quantize_backward",
+    "float_quantize_dequantize_backward",
+    "grouped_block_scale_backward",
     "adaround_quantize_dequantize_backward",
     "adaround_regularizer_backward",
 }
@@ -100,6 +108,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 QMIN, QMAX = 0, 15
+# E3M2 of OCP: small enough for the data to go beyond it.
+FORMAT = (3, 2, True, False)
+FORMAT_VALUES = reference.float_values(*FORMAT)
 
 # name -> (names of its tensors, call of the op, call of the reference)
 ENTRIES: dict[str, tuple[list[str], Callable[..., Any], Callable[..., Any]]] = {
@@ -127,6 +138,18 @@ ENTRIES: dict[str, tuple[list[str], Callable[..., Any], Callable[..., Any]]] = {
             x, a, b, QMIN, QMAX, False, block_size=g.block, **k
         ),
     ),
+    "float_quantize": (
+        ["x", "scale"],
+        lambda g, x, s: OPS.float_quantize(x, s, *FORMAT, g.block),
+        lambda g, x, s, **k: reference.float_quantize(x, s, FORMAT_VALUES, block_size=g.block, **k),
+    ),
+    "float_quantize_dequantize": (
+        ["x", "scale"],
+        lambda g, x, s: OPS.float_quantize_dequantize(x, s, *FORMAT, g.block),
+        lambda g, x, s, **k: reference.float_quantize_dequantize(
+            x, s, FORMAT_VALUES, block_size=g.block, **k
+        ),
+    ),
 }
 GRADIENTS: dict[str, Callable[..., Any]] = {
     "quantize": lambda g, grad, x, s, o: reference.quantize_grad(
@@ -141,8 +164,14 @@ GRADIENTS: dict[str, Callable[..., Any]] = {
     "quantize_dequantize_range": lambda g, grad, x, a, b: reference.quantize_dequantize_range_grad(
         grad, x, a, b, QMIN, QMAX, False, block_size=g.block
     ),
+    "float_quantize": lambda g, grad, x, s: reference.float_quantize_grad(
+        grad, x, s, FORMAT_VALUES, block_size=g.block
+    ),
+    "float_quantize_dequantize": lambda g, grad, x, s: reference.float_quantize_dequantize_grad(
+        grad, x, s, FORMAT_VALUES, block_size=g.block
+    ),
 }
-OTHER = {"range_to_scale_offset", "min_max"}
+OTHER = {"range_to_scale_offset", "min_max", "grouped_block_scale"}
 # Ops of the techniques, with samples, references and gradients in files of their own.
 ELSEWHERE = {
     "test_adaround": {
@@ -229,6 +258,8 @@ def test_opcheck(name: str, geometry: str, device: str) -> None:
         "dequantize": (g.block,),
         "quantize_dequantize": (QMIN, QMAX, 0.0, g.block),
         "quantize_dequantize_range": (QMIN, QMAX, False, 0.0, g.block),
+        "float_quantize": (*FORMAT, g.block),
+        "float_quantize_dequantize": (*FORMAT, g.block),
     }
     opcheck(getattr(OPS, name).default, (*arguments, *plain[name]))
 
@@ -241,6 +272,8 @@ def test_opcheck_of_the_others(device: str) -> None:
         (low.requires_grad_(), high.requires_grad_(), 0, 255, False),
     )
     opcheck(OPS.min_max.default, (torch.randn(4, 6, device=device), [4, 2], [1, 3]))
+    scale = torch.rand(4, 6, device=device).requires_grad_()
+    opcheck(OPS.grouped_block_scale.default, (scale, [1, 3], 16))
 
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != "empty"])
@@ -267,6 +300,60 @@ def test_range_to_scale_offset(symmetric: bool, device: str) -> None:
     )
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.cpu(), b.float())
+
+
+GROUPINGS: dict[str, tuple[tuple[int, ...], list[int], int]] = {
+    "rows": ((4, 6), [1, -1], 16),
+    "some": ((4, 6, 1, 1), [2, 3, 1, -1], 16),
+    "each-its-own": ((4, 6), [1, 1], 16),
+    "all": ((30, 40), [-1, -1], 256),
+    "one-level": ((4, 6), [1, 3], 1),
+    "scalar": ((), [], 16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_grouped_block_scale(name: str, dtype: torch.dtype) -> None:
+    shape, grouping, levels = GROUPINGS[name]
+    generator = torch.Generator().manual_seed(5)
+
+    def rand(*size: int) -> torch.Tensor:
+        return torch.rand(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    scale = rand(*shape) + 0.01
+    if scale.dim() > 1:
+        scale[1] = scale[0]  # largest scales that are equal share the gradient
+        scale[0, 0] = 1e-4  # below the first level
+    got = OPS.grouped_block_scale(scale.requires_grad_(), grouping, levels)
+    expected = reference.grouped_block_scale(scale, grouping, levels)
+    weights = [rand(*tensor.shape) for tensor in expected]
+    for a, b in zip(got, expected, strict=True):
+        # The same operations in the same order: the same bits.
+        assert a.shape == b.shape and torch.equal(a, b)
+    (grad,) = torch.autograd.grad(got, scale, weights)
+    wide = scale.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(
+        reference.grouped_block_scale(wide, grouping, levels), wide, [w.double() for w in weights]
+    )
+    # Float32 terms against float64 ones; the reference takes differences of two large sums.
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(
+        grad.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item()
+    )
+    # Devices without kernels of their own.
+    composite = torch._C.DispatchKey.CompositeExplicitAutograd
+    plain = OPS.grouped_block_scale.default._op_dk(composite, scale.detach(), grouping, levels)
+    for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a.detach(), b)
+    other = OPS.grouped_block_scale_backward.default._op_dk(
+        composite, *weights, scale.detach(), grouping, levels
+    )
+    torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-5 * grad.abs().max().item())
+    (alone,) = torch.autograd.grad(
+        OPS.grouped_block_scale(scale, grouping, levels)[1], scale, weights[1]
+    )
+    assert alone.isfinite().all()
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -324,6 +411,35 @@ def test_devices_without_kernels_compute_the_same() -> None:
         assert torch.equal(y, OPS.quantize_dequantize_range(x, a, b, 0, 15, False, 0.0, g.block))
 
 
+@pytest.mark.parametrize(
+    "fields", [FORMAT, (4, 3, True, True), (8, 7, False, False), (3, 0, True, False)]
+)
+@pytest.mark.parametrize("name", ["float_quantize", "float_quantize_dequantize"])
+def test_devices_without_float_kernels_compute_the_same(name: str, fields: tuple[Any, ...]) -> None:
+    composite = torch._C.DispatchKey.CompositeExplicitAutograd
+    for geometry in ("per-tensor", "per-channel-1", "blocks", "channels-last", "strided"):
+        g = GEOMETRIES[geometry]
+        for dtype in DTYPES:
+            data = tensors(g, dtype)
+            x, scale, grad = data["x"], data["scale"], data["grad"]
+            position = torch.arange(x.numel()).view(x.shape)
+            for i, value in enumerate((float("nan"), float("inf"), -float("inf"), -0.0)):
+                x = g.layout(x.masked_fill(position % 20 == i, value))
+            op, backward = getattr(OPS, name).default, getattr(OPS, f"{name}_backward").default
+            arguments = (*fields, g.block)
+            expected = op(x, scale, *arguments)
+            got = op._op_dk(composite, x, scale, *arguments)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+            x = data["x"]
+            expected = backward(grad, x, scale, *arguments, [True, True])
+            got = backward._op_dk(composite, grad, x, scale, *arguments, [True, True])
+            assert torch.equal(got[0], expected[0])
+            # Sums in another order.
+            torch.testing.assert_close(
+                got[1], expected[1], rtol=1e-4, atol=1e-4 * expected[1].abs().max().item()
+            )
+
+
 def test_grids_beyond_float32_are_computed_in_float64(device: str) -> None:
     x = torch.tensor([0.1, -3.7, 123.456, 2e9], dtype=torch.float32, device=device)
     scale, offset = torch.tensor(1e-7, device=device), torch.tensor(0.0, device=device)
@@ -355,6 +471,27 @@ def test_nan_and_infinity(device: str) -> None:
         (lambda x, s: OPS.quantize_dequantize(x, s, s, 0, 5, 0.3, [2]), ValueError, ["shift"]),
         (lambda x, s: OPS.quantize(x, s, s, 0, 2**40, [2]), ValueError, ["32 bits"]),
         (lambda x, s: OPS.min_max(x[:0], [1]), ValueError, ["empty", "[0, 6]"]),
+        (lambda x, s: OPS.float_quantize(x, s, 9, 2), ValueError, ["exponent_bits", "0 to 8"]),
+        (lambda x, s: OPS.float_quantize(x, s, 4, 3), ValueError, ["scale", "[4, 6]", "[3]"]),
+        (
+            lambda x, s: OPS.float_quantize(x.int(), s, 4, 3, True, False, [2]),
+            TypeError,
+            ["float16"],
+        ),
+        (lambda x, s: OPS.float_quantize(x, s.int(), 4, 3), TypeError, ["scale"]),
+        (
+            lambda x, s: OPS.float_quantize_dequantize(x, s[:1], 4, 3, False, True),
+            ValueError,
+            ["unsigned_zero", "float_quantize_dequantize"],
+        ),
+        (lambda x, s: OPS.grouped_block_scale(s, [2], 16), ValueError, ["block_grouping", "3"]),
+        (
+            lambda x, s: OPS.grouped_block_scale(s, [1, 1], 16),
+            ValueError,
+            ["block_grouping", "one"],
+        ),
+        (lambda x, s: OPS.grouped_block_scale(s, [1], 0), ValueError, ["levels"]),
+        (lambda x, s: OPS.grouped_block_scale(s.int(), [1], 2), TypeError, ["scale"]),
     ],
 )
 def test_hostile_input_is_a_typed_error(
@@ -409,15 +546,55 @@ def test_script_trace_compile_export_autocast(tmp_path: Any, device: str) -> Non
     torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.15)
 
 
-def test_threads_of_python_get_the_same_results() -> None:
-    from concurrent.futures import ThreadPoolExecutor
+@pytest.mark.parametrize("name", ENTRIES)
+def test_threads_of_python_get_the_same_results(name: str) -> None:
+    names, op, _ = ENTRIES[name]
+    jobs = [
+        (GEOMETRIES[geometry], seed)
+        for geometry in ("chunks", "long-runs", "per-channel-1", "blocks")
+        for seed in range(3)
+    ]
 
-    data = tensors(GEOMETRIES["chunks"], torch.float32)
-    expected = OPS.quantize_dequantize_range(data["x"], data["min"], data["max"], 0, 15, False)
+    def run(job: tuple[Geometry, int]) -> list[torch.Tensor]:
+        g, seed = job
+        data = tensors(g, torch.float32, seed)
+        arguments = [data[n].requires_grad_() for n in names]
+        y = op(g, *arguments)
+        return [y.detach(), *torch.autograd.grad(y, arguments, data["grad"])]
 
-    def call(_: int) -> bool:
-        y = OPS.quantize_dequantize_range(data["x"], data["min"], data["max"], 0, 15, False)
-        return torch.equal(y, expected)
-
+    expected = [run(job) for job in jobs]
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(call, range(64)))
+        results = list(pool.map(run, jobs * 4))
+    for i, result in enumerate(results):
+        for got, want in zip(result, expected[i % len(jobs)], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_ops_release_the_gil() -> None:
+    # Nobody is made to give up the GIL, so that the other thread counts on only where it is given up:
+    # in its own sleep, and inside the op.
+    interval = sys.getswitchinterval()
+    counter = itertools.count()
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            next(counter)
+            time.sleep(0)
+
+    x, scale, offset = torch.randn(2_000_000), torch.tensor(0.1), torch.tensor(0.0)
+    sys.setswitchinterval(1000)
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for _ in range(200):
+            before = next(counter)
+            OPS.quantize_dequantize(x, scale, offset, -8, 7)
+            if next(counter) > before + 1:
+                break
+        else:
+            pytest.fail("no other thread ran during 200 calls")
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()

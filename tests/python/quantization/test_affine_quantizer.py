@@ -555,6 +555,26 @@ def test_from_and_set_encodings() -> None:
         target.set_encodings(AffineEncoding(torch.ones(2), torch.zeros(2), 8))
 
 
+@pytest.mark.parametrize("cls", [QuantizeDequantize, GroupedBlockQuantizeDequantize])
+def test_gradient_scaling(cls: Any) -> None:
+    kwargs = {"decompressed_bw": 8} if cls is GroupedBlockQuantizeDequantize else {}
+    results = []
+    for scaled in (False, True):
+        quantizer = cls((3, 2), bitwidth=4, symmetric=True, block_size=(1, 8), **kwargs)
+        assert quantizer.gradient_scaling is False
+        quantizer.gradient_scaling = scaled
+        quantizer.set_range(torch.full((3, 2), -1.1), torch.full((3, 2), 1.0))
+        x = torch.linspace(-2, 2, 48).reshape(3, 16).requires_grad_()
+        y = quantizer(x)
+        y.as_subclass(torch.Tensor).square().sum().backward()
+        results.append((y.detach(), x.grad, quantizer.min.grad, quantizer.max.grad))
+    plain, scaled = results
+    assert torch.equal(plain[0], scaled[0]) and torch.equal(plain[1], scaled[1])
+    # Eight elements share a scale; qmax is 7.
+    for a, b in zip(plain[2:], scaled[2:], strict=True):
+        torch.testing.assert_close(b, a / math.sqrt(8 * 7))
+
+
 def test_grouped_from_encodings() -> None:
     source = GroupedBlockQuantizeDequantize(
         (4, 4), 4, True, 8, block_size=(1, 4), block_grouping=(1, -1)

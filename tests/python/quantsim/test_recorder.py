@@ -346,3 +346,14 @@ def test_graph_of_a_simulation_survives_copies() -> None:
         assert (
             other.connected_graph.get_op_from_module_name("conv1").get_module() is other.model.conv1
         )
+
+
+def test_no_hook_is_left_behind() -> None:
+    from torch.nn.modules import module as torch_module
+
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2), scripted)
+    record(model, (torch.randn(1, 2),))
+    assert not torch_module._has_any_global_hook()
+    assert not torch_module._global_forward_hooks_with_kwargs
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.children())

@@ -18,7 +18,6 @@ from rimet.quantization.affine._grid import (
     check_block_size,
     grid_of_bitwidth,
 )
-from rimet.quantization.affine.backends.torch_builtins import straight_through_round
 from rimet.quantization.affine.encoding import AffineEncoding, GroupedBlockEncoding
 from rimet.quantization.base import EncodingBase, QuantizerBase
 from rimet.quantization.encoding_analyzer import (
@@ -100,16 +99,20 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
     :param block_size: elements per block, one entry per dimension of ``shape``; ``-1``: whatever
         divides
     :param zero_point_shift: 0.0, or 0.5 for a grid that has no zero and is symmetric about it
+    :ivar gradient_scaling: ``False``; if set to ``True``, the gradients of ``min`` and ``max`` are
+        multiplied by :math:`1 / \sqrt{N \cdot qmax}`, with :math:`N` the number of input elements
+        that share a scale, so that ranges and weights learn at like rates (LSQ, section 2.2)
     :raises TypeError: arguments in none of the two forms
     :raises ValueError: ``qmin >= qmax``, bad shape, block size or zero point shift
     :raises RuntimeError: the analyzer has another shape
 
-    Learned ranges: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), TQT (Jain et al. 2019, arXiv
+    Learned ranges: LSQ (Esser et al. 2020, arXiv 1902.08153), LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), TQT (Jain et al. 2019, arXiv
     1903.08066).
     """
 
     min: nn.Parameter
     max: nn.Parameter
+    gradient_scaling: bool = False
 
     @overload
     def __init__(
@@ -342,6 +345,15 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             # away.
             return self.min, self.max
 
+    def _scale_gradients(
+        self, input: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same range, with less of the gradient passed on (:attr:`gradient_scaling`)."""
+        count = max(input.numel() // max(low.numel(), 1), 1)
+        factor = 1 / math.sqrt(count * max(self.qmax, 1))
+        # From a value to itself: the value stays, the gradient is multiplied.
+        return torch.lerp(low.detach(), low, factor), torch.lerp(high.detach(), high, factor)
+
     def _forward_tensor(self, input: torch.Tensor) -> torch.Tensor:
         if self._calibrating:
             input = _as_plain(input)
@@ -350,6 +362,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         low, high = self._range()
         if isinstance(input, QuantizedTensorBase):
             input = input.as_subclass(torch.Tensor)
+        if self.gradient_scaling:
+            low, high = self._scale_gradients(input, low, high)
         return self._kernel(input, low, high)
 
     def forward(self, input: torch.Tensor) -> Any:
@@ -374,6 +388,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             low, high = self._range()
             if isinstance(input, QuantizedTensorBase):
                 input = input.as_subclass(torch.Tensor)
+            if self.gradient_scaling:
+                low, high = self._scale_gradients(input, low, high)
         output = self._kernel(input, low, high)
         if _is_compiling() or _is_tracing() is not None:
             return output
@@ -708,26 +724,14 @@ class GroupedBlockQuantizeDequantize(QuantizeDequantize):
                 )
         self.block_grouping = tuple(grouping)
 
-    def _groups(self) -> tuple[list[int], list[int]]:
-        """Shape that splits each axis in (groups, blocks per group), and the axes of the latter."""
-        split: list[int] = []
-        for size, count in zip(self.block_grouping, self.shape, strict=True):
-            size = count if size == -1 else size
-            split += [count // size, size]
-        return split, list(range(1, len(split), 2))
-
     def _two_level_scale(
         self, low: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(scale', offset, scale per group)``."""
         scale, offset = _ops.range_to_scale_offset(low, high, self.qmin, self.qmax, self._symmetric)
         levels = 2 ** (self.decompressed_bw - self.bitwidth)
-        split, axes = self._groups()
-        grouped = scale.reshape(split)
-        group_scale = (grouped.amax(axes, keepdim=True) if axes else grouped) / levels
-        # Rounding passes gradients on as they are; the largest scale of a group is in all others.
-        snapped = straight_through_round(grouped / group_scale).clamp(1, levels) * group_scale
-        return snapped.reshape(scale.shape), offset, group_scale.reshape(split[::2])
+        snapped, group_scale = _ops.grouped_block_scale(scale, self.block_grouping, levels)
+        return snapped, offset, group_scale
 
     def get_scale(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """Step of the grid in the encoding shape: integer multiples of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rimet.quantization.float._format import FloatFormat
-from rimet.quantization.float._kernel import _float_qdq
 from rimet.quantization.float.encoding import FloatEncoding
 from rimet.quantization.float.quantizer import FloatQuantizeDequantize, QuantizeDequantize
 
@@ -12,5 +11,4 @@ __all__ = [
     "FloatFormat",
     "FloatQuantizeDequantize",
     "QuantizeDequantize",
-    "_float_qdq",
 ]

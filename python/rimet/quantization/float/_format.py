@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import torch
 
+from rimet import _core
+
 __all__ = ["TORCH_FORMATS", "FloatFormat"]
+
+
+# The engine says what a format is; encodings are made at every call of a quantizer.
+_limits = functools.cache(_core.float_format)
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,20 @@ class FloatFormat:
     finite: bool = False
     unsigned_zero: bool = False
 
+    #: Largest value.
+    max: float = field(init=False, compare=False, repr=False)
+    #: Exponent of the smallest normal value.
+    min_exponent: int = field(init=False, compare=False, repr=False)
+
     def __post_init__(self) -> None:
-        for name, bits, most in (
-            ("exponent_bits", self.exponent_bits, 8),
-            ("mantissa_bits", self.mantissa_bits, 23),
-        ):
-            if isinstance(bits, bool) or not isinstance(bits, int):
-                raise TypeError(f"{name}: expected an int, got {bits!r}")
-            if not 0 <= bits <= most:
-                raise ValueError(f"{name}: expected 0 to {most}, got {bits}")
-        if self.exponent_bits + self.mantissa_bits == 0:
-            raise ValueError(
-                "exponent_bits and mantissa_bits: expected at least one bit, got 0 and 0"
-            )
-        if self.unsigned_zero and not self.finite:
-            raise ValueError(
-                "unsigned_zero: expected only with finite=True; there is no such format"
-            )
+        largest, min_exponent = _limits(*self.fields)
+        object.__setattr__(self, "max", largest)
+        object.__setattr__(self, "min_exponent", min_exponent)
+
+    @property
+    def fields(self) -> tuple[int, int, bool, bool]:
+        """What tells formats apart, in the order in which the engine's ops take it."""
+        return self.exponent_bits, self.mantissa_bits, self.finite, self.unsigned_zero
 
     @property
     def bitwidth(self) -> int:
@@ -64,31 +67,6 @@ class FloatFormat:
     def torch_dtype(self) -> torch.dtype | None:
         """torch's dtype of this format, if it has one."""
         return next((dtype for dtype, known in TORCH_FORMATS.items() if known == self), None)
-
-    @property
-    def _max_exponent(self) -> int:
-        codes = 2**self.exponent_bits
-        if self.unsigned_zero:
-            return codes - 1 - 2 ** (self.exponent_bits - 1) if self.exponent_bits else 0
-        bias = 2 ** (self.exponent_bits - 1) - 1 if self.exponent_bits else 0
-        if self.finite:
-            return codes - 1 - bias
-        return max(codes - 2, 0) - bias if self.exponent_bits else -1
-
-    @property
-    def max(self) -> float:
-        """Largest value."""
-        ulps = 1
-        if self.finite and not self.unsigned_zero and self.bitwidth >= 8:
-            ulps = 2  # the highest code is NaN
-        return math.ldexp(2 - ulps * 2.0**-self.mantissa_bits, self._max_exponent)
-
-    @property
-    def min_exponent(self) -> int:
-        """Exponent of the smallest normal value."""
-        if self.torch_dtype in _IEEE_DTYPES:
-            return 2 - 2 ** (self.exponent_bits - 1)
-        return self._max_exponent - (2**self.exponent_bits - 2)
 
     @property
     def name(self) -> str:
@@ -106,8 +84,6 @@ class FloatFormat:
             raise ValueError(f"dtype: expected one of {list(TORCH_FORMATS)}, got {dtype}")
         return TORCH_FORMATS[dtype]
 
-
-_IEEE_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e5m2)
 
 TORCH_FORMATS: dict[torch.dtype, FloatFormat] = {
     torch.float16: FloatFormat(5, 10),

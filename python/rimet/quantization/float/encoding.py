@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rimet.quantization import _ops
 from rimet.quantization.affine.encoding import (
     channel_and_block_axes,
     check_encoding_version,
@@ -16,7 +17,6 @@ from rimet.quantization.affine.encoding import (
 )
 from rimet.quantization.base import EncodingBase
 from rimet.quantization.float._format import FloatFormat
-from rimet.quantization.float._kernel import _float_qdq, _float_quantize, _scale_like
 
 if TYPE_CHECKING:
     from rimet.quantization.float.quantizer import FloatQuantizeDequantize
@@ -124,32 +124,18 @@ class FloatEncoding(EncodingBase):
 
     def quantize(self, input: torch.Tensor) -> torch.Tensor:
         """Real values to values of the format, in the dtype of ``input``."""
-        form = self.format
-        return _float_quantize(
-            input,
-            self.scale,
-            form.mantissa_bits,
-            form.min_exponent,
-            form.max,
-            form.unsigned_zero,
-            self.block_size,
-        )
+        return _ops.float_quantize(input, self.scale, *self.format.fields, self.block_size)  # type: ignore[no-any-return]
 
     def dequantize(self, input: torch.Tensor) -> torch.Tensor:
         """Values of the format to real values, in the dtype of ``input``."""
-        return (input * _scale_like(input, self.scale, self.block_size)).to(input.dtype)
+        # An affine grid whose zero is that of the numbers; adding -0.0 changes no value.
+        offset = torch.full_like(self.scale, -0.0)
+        return _ops.dequantize(input, self.scale, offset, self.block_size)  # type: ignore[no-any-return]
 
     def quantize_dequantize(self, input: torch.Tensor) -> torch.Tensor:
         """Real values to the nearest values on the grid, in the dtype of ``input``."""
-        form = self.format
-        return _float_qdq(
-            input,
-            self.scale,
-            form.mantissa_bits,
-            form.min_exponent,
-            form.max,
-            form.unsigned_zero,
-            self.block_size,
+        return _ops.float_quantize_dequantize(  # type: ignore[no-any-return]
+            input, self.scale, *self.format.fields, self.block_size
         )
 
     def to(self, *args: Any, **kwargs: Any) -> FloatEncoding:

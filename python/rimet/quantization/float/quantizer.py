@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rimet.quantization import _ops
 from rimet.quantization.affine._grid import check_block_size
 from rimet.quantization.affine.quantizer import _is_compiling, _is_tracing, _normalize_shape
 from rimet.quantization.base import EncodingBase, QuantizerBase
@@ -16,7 +17,6 @@ from rimet.quantization.encoding_analyzer import (
     MinMaxEncodingAnalyzer,
     StatisticsNotFoundError,
 )
-from rimet.quantization.float import _kernel
 from rimet.quantization.float._format import FloatFormat
 from rimet.quantization.float.encoding import FloatEncoding
 from rimet.quantization.tensor import DequantizedTensor, QuantizedTensorBase
@@ -196,15 +196,8 @@ class FloatQuantizeDequantize(QuantizerBase):
     # -- forward -----------------------------------------------------------------------------------
 
     def _kernel(self, input: torch.Tensor, maxval: torch.Tensor) -> torch.Tensor:
-        form = self._format
-        return _kernel._float_qdq(
-            input,
-            self._scale_of(maxval),
-            form.mantissa_bits,
-            form.min_exponent,
-            form.max,
-            form.unsigned_zero,
-            self.block_size,
+        return _ops.float_quantize_dequantize(  # type: ignore[no-any-return]
+            input, self._scale_of(maxval), *self._format.fields, self.block_size
         )
 
     def _check_input(self, input: torch.Tensor) -> torch.Tensor:
@@ -232,7 +225,7 @@ class FloatQuantizeDequantize(QuantizerBase):
         :param input: floating-point tensor of a shape that the encoding shape (and block size) fits
         :return: a :class:`rimet.quantization.DequantizedTensor` of the same shape and dtype; a
             plain tensor under ``torch.jit``, ``torch.compile`` and ``torch.export``
-        :raises RuntimeError: the shape does not fit
+        :raises ValueError: the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
         if self._calibrating and self._pass_through:
