@@ -16,6 +16,8 @@ Call = Callable[[], object]
 
 #: Each timed sample lasts at least this long, so that the clock's own cost does not show.
 SAMPLE_SECONDS = 2e-3
+#: Between turns of two processes.
+SETTLE_SECONDS = 20e-3
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,11 @@ def measure(row: Row, size: Size, peer: Peer | None) -> dict[str, Timing]:
             samples: dict[str, list[float]] = {name: [] for name, _ in samplers}
             for _ in range(size.turns * (1 if size.toy else row.more_turns)):
                 for name, sample in samplers:
+                    if handles and not size.toy:
+                        # Two processes take turns: the one before left its OpenMP threads spinning and
+                        # this one's asleep, and the caches full of its own.
+                        time.sleep(SETTLE_SECONDS)
+                        sample(1)
                     samples[name].append(sample(inner[name]))
             for name, values in samples.items():
                 medians[name].append(quartiles(values))
@@ -185,10 +192,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _asking(peer: Peer, handle: int) -> Callable[[int], float]:
     def sample(inner: int) -> float:
-        seconds = peer.sample(handle, inner)
-        # OpenMP threads of the other process spin for a while after their work.
-        time.sleep(0.003)
-        return seconds
+        return peer.sample(handle, inner)
 
     return sample
 
