@@ -23,7 +23,7 @@ from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
-from rimet.nn.functional_ops import restore
+from rimet.nn.functional_ops import FunctionalOp, restore
 from rimet.nn.generic import is_generic
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
@@ -457,6 +457,9 @@ class QuantizationSimModel:
             for module in self.qmodules()
             if any(q is not None for q in (*module.input_quantizers, *module.output_quantizers))
         ]
+        functional = [(p, m) for p, m in self.named_qmodules() if isinstance(m, FunctionalOp)]
+        for _, op in functional:
+            op.unreached = False
         try:
             with evaluating(self.model), observing(self.model):
                 yield
@@ -468,6 +471,13 @@ class QuantizationSimModel:
                 "compute_encodings: the callback did not run the model, so no quantizer of an "
                 "activation saw data"
             )
+        for path, op in functional:
+            quantizers = (*op.input_quantizers, *op.output_quantizers)
+            op.unreached = any(q is not None and not q.is_initialized() for q in quantizers)
+            if op.unreached:
+                logger.warning(
+                    "%s saw no data in calibration: it stays in floating point until it does", path
+                )
 
     # Encodings files
 
@@ -754,7 +764,16 @@ class QuantizationSimModel:
             return torch.jit.trace(self.model, args, check_trace=False, strict=False)
 
     def _check_calibrated(self) -> None:
-        empty = [path for path, q in self.named_quantizers() if not q.is_initialized()]
+        unreached = tuple(
+            f"{path}."
+            for path, module in self.named_qmodules()
+            if isinstance(module, FunctionalOp) and module.unreached
+        )
+        empty = [
+            path
+            for path, quantizer in self.named_quantizers()
+            if not quantizer.is_initialized() and not path.startswith(unreached)
+        ]
         if empty:
             shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
             raise RuntimeError(
