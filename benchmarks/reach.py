@@ -245,8 +245,8 @@ def _export(model: nn.Module, sample: Any) -> None:
 def _settle(model: nn.Module, sample: Any) -> None:
     """Gives batch norms a variance at which the signal neither dies out nor explodes.
 
-    The mean stays zero: with the means of the sample, too, a deep random network amplifies any
-    noise by tens of dB, which no trained one does.
+    The mean stays zero: with the means of the sample, too, a deep random network was measured to
+    amplify noise on its input by tens of dB.
     """
 
     def scale(norm: Any, args: tuple[torch.Tensor]) -> None:
@@ -397,6 +397,10 @@ random weights and their default arguments; those of transformers are built from
 whether the unmodified float model passes it, and whether rimet does. SQNR of the output is in dB ("-": the shapes of the
 results depend on their values, as behind non-maximum suppression). What is left in floating point, and why, is
 `sim.report`.
+
+How far to trust the SQNR columns: batch norms are given the second moment of a sample as variance and a mean of zero. With
+the batch's own mean and variance ResNet-50 has 36 dB at W16A16 instead of 81, while 16-bit noise on its input alone already gives 41:
+a random network with those statistics amplifies noise by itself. Trained weights have not been tried. The rows come from several runs.
 
 """
 
