@@ -11,6 +11,7 @@ report says why.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
 import os
@@ -74,7 +75,7 @@ def _first_tensor(value: Any) -> torch.Tensor:
 # One model's side of the walk
 
 
-class _Side:
+class _Side(abc.ABC):
     """A model and all batches, standing before one of its layers."""
 
     def __init__(self, model: nn.Module, walk: StreamingWalk) -> None:
@@ -83,22 +84,22 @@ class _Side:
         self.kept_inputs = LiveBatches(walk._store)
         self.kept_outputs = LiveBatches(walk._store)
 
+    @abc.abstractmethod
     def order(self, paths: Sequence[str]) -> dict[str, int]:
         """The paths that run, each with the place of its first call."""
-        raise NotImplementedError
 
     def come_to(self, path: str) -> None:
         """Runs all batches up to the first call of the layer."""
         self.kept_inputs.clear()
         self.kept_outputs.clear()
 
+    @abc.abstractmethod
     def arguments(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The layer's arguments on a batch."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run_layer(self) -> None:
         """Runs the layer on all batches, and keeps inputs and outputs until it is left."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self.kept_inputs.clear()
