@@ -331,35 +331,29 @@ unsafe fn backward<T: Element<C>, C: Compute>(
     grad_second: *mut c_void,
 ) -> Result<()> {
     let grid = affine.grid()?;
-    // SAFETY: by the contract of the callers, here and below.
-    let geometry = unsafe { affine.geometry(input)? };
-    let n = geometry.num_groups();
     let backward = match affine.op {
         0 => affine::backward::<affine::Quantize, T, C>,
         1 => affine::backward::<affine::Dequantize, T, C>,
         _ => affine::backward::<affine::QuantizeDequantize, T, C>,
     };
-    let (g, x, gx) = (
-        grad.cast(),
-        input.data.cast_const().cast(),
-        grad_input.cast(),
-    );
-    let sums = unsafe {
-        affine.with_encodings::<C, _>(&grid, n, |encodings| {
-            backward(&geometry, encodings, &grid, g, x, gx)
-        })
-    };
+    let (g, x) = (grad.cast(), input.data.cast_const().cast());
     let outgoing = [grad_first.cast::<C>(), grad_second.cast()];
-    if affine.is_range != 0 {
-        let (min, max) = unsafe { (slice(affine.first, n), slice(affine.second, n)) };
-        let (incoming, symmetric) = (ScaleOffsetGradients::Sums(&sums), affine.symmetric != 0);
-        unsafe {
-            cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
+    // SAFETY: by the contract of the callers; `first`, `second` and the results of their gradients hold one
+    // element for each group.
+    unsafe {
+        let geometry = affine.geometry(input)?;
+        let n = geometry.num_groups();
+        let sums = affine.with_encodings::<C, _>(&grid, n, |encodings| {
+            backward(&geometry, encodings, &grid, g, x, grad_input.cast())
+        });
+        if affine.is_range == 0 {
+            elementwise::write_sums::<C, 2>(&sums, outgoing);
+            return Ok(());
         }
-        return Ok(());
+        let (min, max) = (slice(affine.first, n), slice(affine.second, n));
+        let (incoming, symmetric) = (ScaleOffsetGradients::Sums(&sums), affine.symmetric != 0);
+        cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
     }
-    // SAFETY: the outputs hold one element for each of the sums.
-    unsafe { elementwise::write_sums::<C, 2>(&sums, outgoing) };
     Ok(())
 }
 

@@ -322,7 +322,7 @@ fn check_affine<O: Reference, T: Stored<C>, C: Compute>(case: &Case) -> Result<(
     let grid = AffineGrid::new(
         -3,
         12,
-        if O::SHIFTS && case.seed % 2 == 0 {
+        if O::SHIFTS && case.seed.is_multiple_of(2) {
             0.5
         } else {
             0.0

@@ -225,8 +225,8 @@ impl<C: Compute> Vector<C> for Lanes<C> {
     #[inline(always)]
     fn sum(self) -> f64 {
         let mut sums = [0.0; LANES];
-        for j in 0..LANES {
-            sums[j] = self.0[j].to_f64();
+        for (sum, lane) in sums.iter_mut().zip(self.0) {
+            *sum = lane.to_f64();
         }
         let mut n = LANES / 2;
         while n > 0 {
@@ -331,27 +331,23 @@ mod x86 {
                     }
                     mask
                 }
+                #[allow(unused_unsafe)] // mask registers of AVX-512 are plain integers
                 #[inline(always)]
                 fn and(mut a: Self::Mask, b: Self::Mask) -> Self::Mask {
                     for i in 0..$n {
                         let ($aa, $ab) = (a[i], b[i]);
-                        // SAFETY: see `vector!`. (Mask registers are plain integers.)
-                        #[allow(unused_unsafe)]
-                        {
-                            a[i] = unsafe { $and };
-                        }
+                        // SAFETY: see `vector!`.
+                        a[i] = unsafe { $and };
                     }
                     a
                 }
+                #[allow(unused_unsafe)] // as for `and`
                 #[inline(always)]
                 fn all(mask: Self::Mask) -> bool {
                     let mut all = true;
                     for $all_of in mask {
-                        // SAFETY: see `vector!`. (Mask registers are plain integers.)
-                        #[allow(unused_unsafe)]
-                        {
-                            all &= unsafe { $all };
-                        }
+                        // SAFETY: see `vector!`.
+                        all &= unsafe { $all };
                     }
                     all
                 }

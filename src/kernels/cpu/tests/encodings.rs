@@ -27,7 +27,7 @@ fn same<C: Stored<C> + Compute>(
 fn scale_offset<C: Compute>(min: C, max: C, grid: &AffineGrid, symmetric: bool) -> (C, C) {
     let constant = |value: i64| C::from_f64(value as f64);
     let least = C::from_f64(minimum_scale(grid.num_steps()));
-    let step = (max - min) / constant(grid.num_steps() as i64);
+    let step = (max - min) / constant(grid.num_steps());
     let magnitude = if step < C::ZERO { -step } else { step };
     let scale = if magnitude < least { least } else { magnitude };
     let offset = (min / scale).round::<Portable>() - constant(grid.qmin());
@@ -260,7 +260,10 @@ proptest! {
     ) {
         let grid = AffineGrid::new(qmin, qmax, 0.0).unwrap();
         check_range::<f64>(place, &grid, symmetric)?;
-        check_range::<f32>(place, &grid, symmetric)?;
+        // Wider grids are computed in float64.
+        if qmax < 1 << 24 {
+            check_range::<f32>(place, &grid, symmetric)?;
+        }
     }
 
     #[test]
