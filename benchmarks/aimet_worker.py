@@ -7,6 +7,7 @@ parameters and returns the call to time.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -180,6 +181,53 @@ def analyzer(
     return call
 
 
+def _model(model: str, shape: list[int]) -> tuple[torch.nn.Module, Tensor]:
+    import torchvision
+
+    return getattr(torchvision.models, model)(weights=None).eval(), torch.randn(shape)
+
+
+def _simulate(model: torch.nn.Module, x: Tensor) -> Any:
+    from aimet_torch import QuantizationSimModel
+
+    return QuantizationSimModel(model, x, default_param_bw=4, default_output_bw=8)
+
+
+def change(model: str, shape: list[int], name: str) -> Pair:
+    """Folding, equalizing, or making the simulation, on a fresh copy of a model."""
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.cross_layer_equalization import equalize_model
+
+    original, x = _model(model, shape)
+    changes: dict[str, Callable[[torch.nn.Module], object]] = {
+        "fold": lambda m: fold_all_batch_norms(m, tuple(shape), dummy_input=x),
+        "equalize": lambda m: equalize_model(m, tuple(shape), dummy_input=x),
+        "simulate": lambda m: _simulate(m, x),
+    }
+    fresh: list[torch.nn.Module] = []
+
+    def before() -> None:
+        fresh[:] = [copy.deepcopy(original)]
+
+    return before, lambda: changes[name](fresh[0])
+
+
+def simulated_forward(model: str, shape: list[int]) -> Call:
+    """A W4A8 simulation of a folded model, under no_grad."""
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+
+    network, x = _model(model, shape)
+    fold_all_batch_norms(network, tuple(shape), dummy_input=x)
+    sim = _simulate(network, x)
+    sim.compute_encodings(lambda m, _: m(x), None)
+
+    def call() -> object:
+        with torch.no_grad():
+            return sim.model(x)
+
+    return call
+
+
 WORKS: dict[str, Callable[..., Call | Pair]] = {
     "qdq": qdq,
     "module": module,
@@ -189,6 +237,8 @@ WORKS: dict[str, Callable[..., Call | Pair]] = {
     "dequantize": dequantize,
     "after_conv": after_conv,
     "analyzer": analyzer,
+    "change": change,
+    "simulated_forward": simulated_forward,
 }
 
 

@@ -42,7 +42,7 @@ from benchmarks.harness import (  # noqa: E402
 from benchmarks.peer import AimetPeer, find_python  # noqa: E402
 
 #: Modules of this package with a function ``rows(size)``. Add a file, then its name here.
-SECTIONS = ("kernels", "calibration", "capture")
+SECTIONS = ("kernels", "calibration", "capture", "simulation")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
