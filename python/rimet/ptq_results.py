@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import safetensors
@@ -91,7 +91,7 @@ def fingerprint(
         data: hash of the calibration data, see :func:`data_hash`.
 
     Returns:
-        One entry for each, and for the versions of rimet and torch.
+        One entry for each, each setting by its name, and for the versions of rimet and torch.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -99,8 +99,8 @@ def fingerprint(
         if isinstance(tensor, torch.Tensor):
             _update(digest, tensor)
     return {
+        **{name: json.dumps(value, sort_keys=True) for name, value in config.items()},
         "weights": digest.hexdigest(),
-        "config": json.dumps(dict(config), sort_keys=True),
         "seed": str(seed),
         "data": data,
         "rimet version": __version__,
@@ -130,48 +130,70 @@ class LayerReport:
 
     Attributes:
         path: of the module.
-        treated: False if it was left as it was.
-        reason: why it was left.
+        kind: class of the module.
+        status: ``treated``, ``resumed`` (treated by an earlier run, and taken over) or ``skipped``
+            (left as it was).
+        reason: why it was skipped.
+        note: what is to be known about its treatment.
         loss_before: the technique's loss before, and
         loss_after: after; None where there is none.
         seconds: it took, in the run that did it.
-        resumed: taken over from the folder of results.
         details: what else the technique says.
     """
 
     path: str
-    treated: bool = False
+    kind: str
+    status: Literal["treated", "resumed", "skipped"]
     reason: str | None = None
+    note: str | None = None
     loss_before: float | None = None
     loss_after: float | None = None
     seconds: float = 0.0
-    resumed: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+
+    def losses(self) -> str:
+        """The losses before and after as a few words."""
+        if self.loss_before is None or self.loss_after is None:
+            return f"{self.path}: {self.note or self.status}"
+        return f"{self.path}: loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
 
 
 @dataclass
 class LayerwiseReport:
-    """What a technique did, layer by layer in the order of treatment.
+    """What a technique did, layer by layer in the order of treatment; skipped ones last.
 
     Attributes:
         technique: its name.
         layers: the layers.
         walk: how the layers were reached: fields of :class:`rimet._graph.streaming.WalkReport`.
+        seconds: time in all.
     """
 
     technique: str
     layers: list[LayerReport] = field(default_factory=list)
     walk: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __getitem__(self, path: str) -> LayerReport:
+        """The report of a layer.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        for layer in self.layers:
+            if layer.path == path:
+                return layer
+        raise KeyError(path)
 
     @property
     def treated(self) -> list[LayerReport]:
-        """The layers that were treated."""
-        return [layer for layer in self.layers if layer.treated]
+        """The layers that were treated, in this run or an earlier one."""
+        return [layer for layer in self.layers if layer.status != "skipped"]
 
     @property
     def skipped(self) -> dict[str, str]:
         """Path and reason of the layers that were not."""
-        return {layer.path: layer.reason or "" for layer in self.layers if not layer.treated}
+        return {x.path: x.reason or "" for x in self.layers if x.status == "skipped"}
 
     def to_json(self) -> str:
         """The report as JSON, with the format's version."""
@@ -192,14 +214,17 @@ class LayerEntry:
 
     Attributes:
         path: of the module.
+        kind: class of the module.
         stored: the tensors that an earlier run kept for the layer, or None.
+        tensors: these, or those of :meth:`done`.
     """
 
-    def __init__(self, path: str, stored: dict[str, torch.Tensor] | None) -> None:
+    def __init__(self, path: str, kind: str, stored: dict[str, torch.Tensor] | None) -> None:
         self.path = path
+        self.kind = kind
         self.stored = stored
+        self.tensors = stored or {}
         self._result: LayerReport | None = None
-        self._tensors: dict[str, torch.Tensor] = {}
 
     def done(
         self,
@@ -207,6 +232,8 @@ class LayerEntry:
         *,
         loss_before: float | None = None,
         loss_after: float | None = None,
+        note: str | None = None,
+        resumed: bool = False,
         **details: Any,
     ) -> None:
         """The layer was treated.
@@ -215,20 +242,24 @@ class LayerEntry:
             tensors: what a later run needs to do the same to the layer at once.
             loss_before: the technique's loss before.
             loss_after: and after.
+            note: what is to be known about the treatment.
+            resumed: an earlier run did it, whose result was found elsewhere than in this folder.
             details: for the report; values that JSON can hold.
         """
         self._result = LayerReport(
             self.path,
-            treated=True,
+            self.kind,
+            "resumed" if resumed else "treated",
+            note=note,
             loss_before=loss_before,
             loss_after=loss_after,
             details=details,
         )
-        self._tensors = dict(tensors)
+        self.tensors = dict(tensors)
 
     def skip(self, reason: str) -> None:
         """The layer is left as it is."""
-        self._result = LayerReport(self.path, reason=reason)
+        self._result = LayerReport(self.path, self.kind, "skipped", reason)
 
 
 class LayerwiseRun:
@@ -238,13 +269,11 @@ class LayerwiseRun:
 
         run = LayerwiseRun("AdaRound", folder, fingerprint(model, config, seed, walk.data_hash()))
         for visit in walk.visit(paths):
-            with run.layer(visit.path) as layer:
+            with run.layer(visit.path, type(visit.quant_module).__name__) as layer:
                 if layer.stored is None:
                     rounding, before, after = optimize(visit)
                     layer.done({"rounding": rounding}, loss_before=before, loss_after=after)
-                else:
-                    rounding = layer.stored["rounding"]
-                apply(visit.quant_module, rounding)
+            apply(visit.quant_module, layer.tensors["rounding"])
         run.report.save("report.json")
 
     Args:
@@ -272,34 +301,43 @@ class LayerwiseRun:
             self._open(self._folder, {"technique": technique, **(fingerprint or {})})
 
     @contextlib.contextmanager
-    def layer(self, path: str) -> Iterator[LayerEntry]:
+    def layer(self, path: str, kind: str) -> Iterator[LayerEntry]:
         """One layer's turn. What is done to it is kept, and reported, when the context ends
         without an exception.
+
+        Args:
+            path: of the module.
+            kind: class of the module.
 
         Raises:
             RuntimeError: the context ended with nothing done and nothing skipped.
         """
         start = time.perf_counter()
         stored, result = self._read(path)
-        entry = LayerEntry(path, stored)
+        entry = LayerEntry(path, kind, stored)
         yield entry
         if entry._result is not None:
             result = entry._result
             result.seconds = time.perf_counter() - start
-            if result.treated:
-                self._write(result, entry._tensors)
+            if result.status != "skipped":
+                self._write(result, entry.tensors)
         if result is None:
             raise RuntimeError(f"{path}: neither done nor skipped")
         self.report.layers.append(result)
-        if not result.treated:
+        if result.status == "skipped":
             logger.info("%s skips %s: %s", self.report.technique, path, result.reason)
+        else:
+            losses = result.losses()
+            logger.info("%s, %s in %.2f s", self.report.technique, losses, result.seconds)
 
-    def skip(self, path: str, reason: str) -> None:
+    def skip(self, path: str, kind: str, reason: str) -> None:
         """Reports a layer that never had a turn."""
-        with self.layer(path) as entry:
+        with self.layer(path, kind) as entry:
             entry.skip(reason)
 
     def _open(self, folder: Path, expected: dict[str, str]) -> None:
+        for part in folder.glob(".*.part"):  # what a killed process was writing
+            part.unlink()
         manifest = folder / "manifest.json"
         if not manifest.exists():
             document = {"format": FORMAT, "version": VERSION, "fingerprint": expected}
@@ -333,7 +371,7 @@ class LayerwiseRun:
         with safetensors.safe_open(self._file(path), "pt") as file:
             result = LayerReport(**json.loads(file.metadata()["layer"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        result.resumed = True
+        result.status = "resumed"
         return tensors, result
 
     def _write(self, result: LayerReport, tensors: dict[str, torch.Tensor]) -> None:

@@ -6,43 +6,37 @@ whose output differs least on calibration data, given the layers treated before.
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import functools
 import os
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rimet import _core
-from rimet._graph.streaming import StreamingWalk
-from rimet._layerwise import (
+from rimet._graph.inputs import ForwardFn
+from rimet._graph.streaming import Visit
+from rimet._weight_layers import (
     SUPPORTED,
-    Batches,
     Layer,
-    LayerReport,
-    LayerResults,
-    Report,
+    WeightTechnique,
+    changed,
     check_checkpoints_config,
-    layers_digest,
+    first_batches,
     linear_map,
-    only_weights_quantized,
-    paths_of,
-    weight_layers,
+    treat_weights,
 )
-from rimet.nn import BaseQuantizationMixin, compute_param_encodings, reuse
+from rimet.nn import BaseQuantizationMixin, compute_param_encodings
+from rimet.ptq_results import LayerEntry, LayerwiseReport, LayerwiseRun
 from rimet.quantization.affine import AffineQuantizerBase, GroupedBlockQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel, _files
 
 __all__ = [
-    "LayerReport",
-    "Report",
     "SeqMseParams",
     "SequentialMse",
     "apply_seq_mse",
@@ -50,12 +44,8 @@ __all__ = [
     "optimize_module",
 ]
 
-logger = logging.getLogger(__name__)
-
 SUPPORTED_MODULES = SUPPORTED
 """Kinds of layers whose weight quantizers are treated."""
-
-ForwardFn = Callable[[nn.Module, Any], Any]
 
 _SYMMETRIES = ("symqt", "symfp", "asym")
 _LOSSES = ("mse", "l1", "sqnr")
@@ -134,7 +124,28 @@ def _negative_sqnr(pred: Tensor, target: Tensor, reduction: str = "none") -> Ten
     return decibels.sum() if reduction == "sum" else decibels.mean()
 
 
-@overload
+_Apply = TypeVar("_Apply", bound=Callable[..., LayerwiseReport])
+
+
+def _also_as_in_2_0(function: _Apply) -> _Apply:
+    """Lets a call with a model come first through, as AIMET 2.0 had it."""
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> LayerwiseReport:
+        if "model" not in kwargs and not (args and isinstance(args[0], nn.Module)):
+            return function(*args, **kwargs)
+        warnings.warn(
+            "apply_seq_mse(model, sim, data_loader, params, ...) is AIMET 2.0's form; use "
+            "apply_seq_mse(sim, data_loader, ...)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return SequentialMse.apply_seq_mse(*args, **kwargs)
+
+    return cast(_Apply, either)
+
+
+@_also_as_in_2_0
 def apply_seq_mse(
     sim: QuantizationSimModel,
     data_loader: Iterable[Any],
@@ -149,26 +160,11 @@ def apply_seq_mse(
     results_dir: str | os.PathLike[str] | None = None,
     memory_budget: int | None = None,
     progress: bool = True,
-) -> Report: ...
-
-
-@overload
-def apply_seq_mse(
-    model: nn.Module,
-    sim: QuantizationSimModel,
-    data_loader: Iterable[Any],
-    params: SeqMseParams,
-    modules_to_exclude: Sequence[nn.Module] | None = None,
-    checkpoints_config: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Report: ...
-
-
-def apply_seq_mse(*args: Any, **kwargs: Any) -> Report:
+) -> LayerwiseReport:
     """Sets and fixes the ranges of a simulation's weight quantizers.
 
-    ``apply_seq_mse(sim, data_loader, ...)``, or as AIMET 2.0 had it, with a warning,
-    ``apply_seq_mse(model, sim, data_loader, params, ...)``.
+    AIMET 2.0's form, ``apply_seq_mse(model, sim, data_loader, params, ...)``, is
+    :meth:`SequentialMse.apply_seq_mse`; this function still takes it, with a warning.
 
     Candidates are parts of the calibrated range, so weight quantizers without a range are
     calibrated first. Treated are Linear, Conv and ConvTranspose layers of any weight bit-width,
@@ -198,54 +194,10 @@ def apply_seq_mse(*args: Any, **kwargs: Any) -> Report:
         What was done, layer by layer. (AIMET returns nothing.)
 
     Raises:
-        ValueError: settings outside their range, results of another run in ``results_dir``, a
+        ValueError: settings outside their range, modules that are not in the model, a
             ``checkpoints_config`` that is none.
+        FingerprintMismatchError: ``results_dir`` holds the results of another run.
     """
-    first = args[0] if args else kwargs.get("sim")
-    if isinstance(first, QuantizationSimModel) and "model" not in kwargs:
-        return _apply(*args, **kwargs)
-    warnings.warn(
-        "apply_seq_mse(model, sim, data_loader, params, ...) is AIMET 2.0's form; use "
-        "apply_seq_mse(sim, data_loader, ...)",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return _apply_with_model(*args, **kwargs)
-
-
-def _apply_with_model(
-    model: nn.Module,
-    sim: QuantizationSimModel,
-    data_loader: Iterable[Any],
-    params: SeqMseParams,
-    modules_to_exclude: Sequence[nn.Module] | None = None,
-    checkpoints_config: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Report:
-    known = {id(module): path for path, module in model.named_modules()}
-    excluded = [
-        sim.model.get_submodule(known[id(m)]) if id(m) in known else m
-        for m in modules_to_exclude or ()
-    ]
-    check_checkpoints_config(checkpoints_config)
-    return _run(sim, data_loader, params, excluded, cache_dir)
-
-
-def _apply(
-    sim: QuantizationSimModel,
-    data_loader: Iterable[Any],
-    num_candidates: int = 20,
-    forward_fn: ForwardFn = default_forward_fn,
-    modules_to_exclude: Sequence[nn.Module] | None = None,
-    checkpoints_config: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    *,
-    inp_symmetry: str = "symqt",
-    loss_fn: str = "mse",
-    results_dir: str | os.PathLike[str] | None = None,
-    memory_budget: int | None = None,
-    progress: bool = True,
-) -> Report:
     check_checkpoints_config(checkpoints_config)
     params = SeqMseParams(None, num_candidates, inp_symmetry, loss_fn, forward_fn)
     excluded = list(modules_to_exclude or ())
@@ -257,134 +209,96 @@ def _run(
     data_loader: Iterable[Any],
     params: SeqMseParams,
     excluded: Collection[nn.Module],
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None,
     results_dir: str | os.PathLike[str] | None = None,
     memory_budget: int | None = None,
     progress: bool = True,
-) -> Report:
-    began = time.perf_counter()
-    paths_of(sim.model, excluded, "modules_to_exclude")
-    batches = Batches(data_loader, params.num_batches)
+) -> LayerwiseReport:
+    batches = first_batches(data_loader, params.num_batches)
     compute_param_encodings(sim.model)
-    layers, skipped = weight_layers(sim, excluded)
-    by_path = {layer.path: layer for layer in layers}
-    needs_float = params.inp_symmetry != "symqt"
-    float_model = QuantizationSimModel.get_original_model(sim.model) if needs_float else None
-    fingerprint = {
-        "technique": "seq_mse",
-        "num_candidates": params.num_candidates,
-        "inp_symmetry": params.inp_symmetry,
-        "loss_fn": params.loss_fn,
-        "layers": layers_digest(layers),
-    }
-    walk = StreamingWalk(
-        float_model,
-        sim.model,
+    return treat_weights(
+        _SequentialMse(params, _Cache(cache_dir), progress),
+        sim,
         batches,
-        None if params.forward_fn is default_forward_fn else params.forward_fn,
-        memory_budget,
-        progress="Sequential MSE" if progress else None,
+        needs_float_model=params.inp_symmetry != "symqt",
+        excluded=excluded,
+        forward_fn=None if params.forward_fn is default_forward_fn else params.forward_fn,
+        memory_budget=memory_budget,
+        results_dir=results_dir,
     )
-    report = Report("Sequential MSE")
-    cache = _Cache(cache_dir)
-    results: LayerResults | None = None
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.callback(_set_range, layer, *_range_of(layer))
-        with only_weights_quantized(sim, layers):
-            for visit in walk.visit(by_path):
-                if results is None:  # now all batches have gone by
-                    fingerprint["data"] = batches.digest()
-                    results = LayerResults(results_dir, fingerprint)
-                layer = by_path[visit.path]
-                finished = cache.load(layer) or results.load(visit.path)
-                if finished is None:
-                    finished = _optimize_layer(
-                        layer, visit.float_inputs, visit.quant_inputs, params, progress
-                    )
-                    results.store(*finished)
-                    cache.store(*finished)
-                tensors, layer_report = finished
-                _set_range(layer, tensors["min"], tensors["max"])
-                report.layers.append(layer_report)
-        stack.pop_all()
-    for path, reason in walk.report.not_run.items():
-        kind = type(by_path[path].module).__name__
-        report.layers.append(LayerReport(path, kind, "skipped", reason))
-    for layer_report in report.layers:
-        if layer_report.status != "skipped":
-            _freeze(by_path[layer_report.path].quantizer)
-    report.layers += skipped
-    report.walk = asdict(walk.report)
-    report.seconds = time.perf_counter() - began
-    return report
 
 
-def _range_of(layer: Layer) -> tuple[Tensor, Tensor]:
-    return layer.quantizer.min.detach().clone(), layer.quantizer.max.detach().clone()
+class _SequentialMse(WeightTechnique):
+    """Chooses the ranges of weights."""
 
+    name = "Sequential MSE"
 
-def _set_range(layer: Layer, low: Tensor, high: Tensor) -> None:
-    reuse.forget(layer.module)
-    layer.quantizer.set_range(low, high)
+    def __init__(self, params: SeqMseParams, cache: _Cache, progress: bool) -> None:
+        self.settings = {
+            "num_candidates": params.num_candidates,
+            "inp_symmetry": params.inp_symmetry,
+            "loss_fn": params.loss_fn,
+        }
+        self.progress = progress
+        self._cache = cache
 
+    def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
+        cached = self._cache.load(layer.path)
+        if cached is not None:
+            entry.done(cached, note="its range is that of cache_dir", resumed=True)
+            return
+        self.optimize(layer, visit.float_inputs, visit.quant_inputs, entry)
+        self._cache.store(layer.path, entry.tensors)
 
-def _freeze(quantizer: AffineQuantizerBase) -> None:
-    quantizer.allow_overwrite(False)
-    quantizer.requires_grad_(False)
-
-
-def _optimize_layer(
-    layer: Layer,
-    float_inputs: Sequence[Tensor],
-    quant_inputs: Sequence[Tensor],
-    params: SeqMseParams,
-    progress: bool,
-) -> tuple[dict[str, Tensor], LayerReport]:
-    began = time.perf_counter()
-    quantizer = layer.quantizer
-    grouping = None
-    if isinstance(quantizer, GroupedBlockQuantizeDequantize):
-        levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
-        grouping = (list(quantizer.block_grouping), levels)
-    # A spilled tensor is a mapped file: the list holds no memory of its own.
-    wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
-    use_float, use_quant = wanted[params.inp_symmetry]
-    with tqdm(
-        total=params.num_candidates, desc=layer.path, leave=False, disable=not progress
-    ) as bar:
-        result = _core.seq_mse_layer(
-            linear_map(layer.module),
-            layer.module.weight,
-            quantizer.get_min(),
-            quantizer.get_max(),
-            list(float_inputs) if use_float else [],
-            list(quant_inputs) if use_quant else [],
-            qmin=quantizer.qmin,
-            qmax=quantizer.qmax,
-            symmetric=quantizer.symmetric,
-            shape=list(quantizer.shape),
-            block_size=None if quantizer.block_size is None else list(quantizer.block_size),
-            grouping=grouping,
-            num_candidates=params.num_candidates,
-            inp_symmetry=params.inp_symmetry,
-            loss=params.loss_fn,
-            progress=lambda done: bar.update(done - bar.n),
+    def optimize(
+        self,
+        layer: Layer,
+        float_inputs: Sequence[Tensor],
+        quant_inputs: Sequence[Tensor],
+        entry: LayerEntry,
+    ) -> None:
+        """Chooses a layer's range, given its inputs by batch."""
+        quantizer = layer.quantizer
+        grouping = None
+        if isinstance(quantizer, GroupedBlockQuantizeDequantize):
+            levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
+            grouping = (list(quantizer.block_grouping), levels)
+        # A spilled tensor is a mapped file: the list holds no memory of its own.
+        wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
+        use_float, use_quant = wanted[self.settings["inp_symmetry"]]
+        with self.steps(layer, self.settings["num_candidates"]) as progress:
+            result = _core.seq_mse_layer(
+                linear_map(layer.module),
+                layer.module.weight,
+                quantizer.get_min(),
+                quantizer.get_max(),
+                list(float_inputs) if use_float else [],
+                list(quant_inputs) if use_quant else [],
+                qmin=quantizer.qmin,
+                qmax=quantizer.qmax,
+                symmetric=quantizer.symmetric,
+                shape=list(quantizer.shape),
+                block_size=layer.block_size,
+                grouping=grouping,
+                num_candidates=self.settings["num_candidates"],
+                inp_symmetry=self.settings["inp_symmetry"],
+                loss=self.settings["loss_fn"],
+                progress=progress,
+            )
+        entry.done(
+            {"min": result["min"], "max": result["max"]},
+            loss_before=result["loss_before"],
+            loss_after=result["loss_after"],
+            bitwidth=quantizer.bitwidth,
+            method=result["method"],
         )
-    report = LayerReport(
-        layer.path,
-        type(layer.module).__name__,
-        bitwidth=quantizer.bitwidth,
-        method=result["method"],
-        loss_before=result["loss_before"],
-        loss_after=result["loss_after"],
-        seconds=time.perf_counter() - began,
-    )
-    logger.info(
-        "%s (%d bits): loss %.4g -> %.4g in %.2f s", layer.path, quantizer.bitwidth,
-        report.loss_before, report.loss_after, report.seconds,
-    )  # fmt: skip
-    return {"min": result["min"], "max": result["max"]}, report
+
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        return {"min": layer.quantizer.min, "max": layer.quantizer.max}
+
+    def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
+        with changed(layer):
+            layer.quantizer.set_range(tensors["min"], tensors["max"])
 
 
 class _Cache:
@@ -404,30 +318,25 @@ class _Cache:
         assert self._folder is not None
         return self._folder / "running_module_names.txt"
 
-    def load(self, layer: Layer) -> tuple[dict[str, Tensor], LayerReport] | None:
-        if self._folder is None or layer.path not in self._names:
+    def load(self, path: str) -> dict[str, Tensor] | None:
+        if self._folder is None or path not in self._names:
             return None
-        from safetensors.torch import load_file
-
-        stored = load_file(self._folder / f"{layer.path}.safetensors")
+        stored = load_file(self._folder / f"{path}.safetensors")
         tensors = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
         missing = {"min", "max"} - set(tensors)
         if missing:
             raise ValueError(
-                f"cache_dir: {layer.path}.safetensors: expected min and max, got {sorted(stored)}"
+                f"cache_dir: {path}.safetensors: expected min and max, got {sorted(stored)}"
             )
-        kind = type(layer.module).__name__
-        return tensors, LayerReport(layer.path, kind, "resumed", "from cache_dir")
+        return tensors
 
-    def store(self, tensors: dict[str, Tensor], report: LayerReport) -> None:
+    def store(self, path: str, tensors: dict[str, Tensor]) -> None:
         if self._folder is None:
             return
-        from safetensors.torch import save_file
-
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with _files.atomic_path(self._folder / f"{report.path}.safetensors") as part:
+        with _files.atomic_path(self._folder / f"{path}.safetensors") as part:
             save_file(ready, part)
-        self._names.append(report.path)
+        self._names.append(path)
         _files.write_text(self._list, "\n".join(self._names) + "\n")
 
 
@@ -444,11 +353,25 @@ class SequentialMse:
         modules_to_exclude: Sequence[nn.Module] | None = None,
         checkpoints_config: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-    ) -> Report:
-        """See :func:`apply_seq_mse`."""
-        return _apply_with_model(
-            model, sim, data_loader, params, modules_to_exclude, checkpoints_config, cache_dir
-        )
+    ) -> LayerwiseReport:
+        """AIMET 2.0's form of :func:`apply_seq_mse`.
+
+        Args:
+            model: the floating-point model; modules to exclude may be its own.
+            sim: its simulation.
+            data_loader: yields calibration batches.
+            params: settings.
+            modules_to_exclude: modules of ``model`` or of ``sim.model``.
+            checkpoints_config: see :func:`apply_seq_mse`.
+            cache_dir: see :func:`apply_seq_mse`.
+        """
+        known = {id(module): path for path, module in model.named_modules()}
+        excluded = [
+            sim.model.get_submodule(known[id(m)]) if id(m) in known else m
+            for m in modules_to_exclude or ()
+        ]
+        check_checkpoints_config(checkpoints_config)
+        return _run(sim, data_loader, params, excluded, cache_dir)
 
     @staticmethod
     def get_candidates(
@@ -493,13 +416,15 @@ class SequentialMse:
                 "quant_module: expected a calibrated affine quantizer of its weight, got "
                 f"{quantizer!r}"
             )
-        layer = Layer(type(quant_module).__name__, quant_module, quantizer)
+        name = type(quant_module).__name__
+        layer = Layer(name, quant_module, quantizer)
+        technique = _SequentialMse(params, _Cache(None), progress=False)
         batches = slice(params.num_batches or None)
-        tensors, _ = _optimize_layer(
-            layer, list(x)[batches], list(xq)[batches], params, progress=False
-        )
-        _set_range(layer, tensors["min"], tensors["max"])
-        _freeze(quantizer)
+        with LayerwiseRun(technique.name).layer(name, name) as entry:
+            technique.optimize(layer, list(x)[batches], list(xq)[batches], entry)
+        technique.apply(layer, entry.tensors)
+        quantizer.allow_overwrite(False)
+        quantizer.requires_grad_(False)
 
 
 get_candidates = SequentialMse.get_candidates

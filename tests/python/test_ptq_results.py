@@ -29,17 +29,15 @@ def technique(folder: Path | None, fingerprint: dict[str, str], stop_at: str | N
     run = LayerwiseRun("Dice", folder, fingerprint)
     results = {}
     for path in ("", "block.0", "é/1"):
-        with run.layer(path) as layer:
+        with run.layer(path, "Linear") as layer:
             if path == stop_at:
                 raise Interrupted
             if layer.stored is None:
                 generator = torch.Generator().manual_seed(layer_seed(3, path))
                 weight = torch.randn(4, 3, generator=generator)
                 layer.done({"weight": weight.T}, loss_before=2.0, loss_after=1.0, steps=5)
-            else:
-                weight = layer.stored["weight"].T
-            results[path] = weight
-    run.skip("head", "it has no weight")
+        results[path] = layer.tensors["weight"]
+    run.skip("head", "Identity", "it has no weight")
     return results, run.report
 
 
@@ -50,11 +48,11 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         technique(tmp_path, {"seed": "3"}, stop_at="é/1")
     results, report = technique(tmp_path, {"seed": "3"})
     assert all(torch.equal(results[path], expected[path]) for path in expected)
-    assert [layer.resumed for layer in report.layers] == [True, True, False, False]
+    assert [layer.status for layer in report.layers] == ["resumed"] * 2 + ["treated", "skipped"]
     # Everything is there now: a third run computes nothing.
     results, report = technique(tmp_path, {"seed": "3"})
     assert all(torch.equal(results[path], expected[path]) for path in expected)
-    assert [layer.resumed for layer in report.treated] == [True] * 3
+    assert [layer.status for layer in report.treated] == ["resumed"] * 3
     assert report.treated[1].loss_after == 1.0 and report.treated[1].details == {"steps": 5}
 
 
@@ -66,6 +64,9 @@ def test_report(tmp_path: Path) -> None:
     assert (document["format"], document["version"]) == ("rimet-layer-report", 1)
     assert document["layers"][3]["reason"] == "it has no weight"
     assert document["layers"][0]["loss_before"] == 2.0
+    assert report["head"].status == "skipped" and report["head"].kind == "Identity"
+    with pytest.raises(KeyError):
+        report["neck"]
 
 
 def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
         assert str(tmp_path) in str(caught.value)
         return caught.value.differing
 
-    assert differing(model, {"bits": 8}, 0, data) == ["config"]
+    assert differing(model, {"bits": 8}, 0, data) == ["bits"]
     assert differing(model, {"bits": 4}, 1, data_hash([torch.zeros(2, 3)])) == ["seed", "data"]
     assert differing(model, {"bits": 4}, 0, data, technique="Cards") == ["technique"]
     with torch.no_grad():
@@ -108,7 +109,10 @@ def test_hash_of_data_knows_values_shapes_and_nesting() -> None:
 
 def test_a_layer_that_nothing_was_done_to_is_an_error() -> None:
     run = LayerwiseRun("Dice")
-    with pytest.raises(RuntimeError, match="fc: neither done nor skipped"), run.layer("fc"):
+    with (
+        pytest.raises(RuntimeError, match="fc: neither done nor skipped"),
+        run.layer("fc", "Linear"),
+    ):
         pass
     assert not run.report.layers
 
@@ -131,7 +135,7 @@ def test_a_walk_that_is_stopped_and_resumed_gives_the_same_bits(tmp_path: Path) 
         walk = StreamingWalk(model, quant, batches)
         run = LayerwiseRun("Noise", folder, fingerprint(model, {}, 7, data_hash(walk.batches)))
         for visit in walk.visit(["0", "1", "2", "3"]):
-            with run.layer(visit.path) as layer:
+            with run.layer(visit.path, "Linear") as layer:
                 if visit.path == stop_at:
                     raise KeyboardInterrupt
                 if layer.stored is None:
@@ -141,9 +145,7 @@ def test_a_walk_that_is_stopped_and_resumed_gives_the_same_bits(tmp_path: Path) 
                         visit.quant_module.weight.detach() + noise * visit.quant_inputs[1].std()
                     )
                     layer.done({"weight": weight})
-                else:
-                    weight = layer.stored["weight"]
-                visit.quant_module.weight = nn.Parameter(weight)
+            visit.quant_module.weight = nn.Parameter(layer.tensors["weight"])
         return quant
 
     expected = treat(None).state_dict()

@@ -2,7 +2,6 @@
 arXiv 2004.10568).
 """
 
-from rimet._layerwise import LayerReport, Report
 from rimet.adaround.adaround_weight import (
     Adaround,
     AdaroundParameters,
@@ -15,6 +14,4 @@ __all__ = [
     "AdaroundParameters",
     "AdaroundSupportedModules",
     "AdaroundWrapper",
-    "LayerReport",
-    "Report",
 ]

@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from rimet import _core
-from rimet._graph.streaming import Activation, StreamingWalk
-from rimet._layerwise import (
+from rimet._graph.inputs import ForwardFn
+from rimet._graph.streaming import Activation, Visit
+from rimet._weight_layers import (
     SUPPORTED,
-    Batches,
     Layer,
-    LayerReport,
-    LayerResults,
-    Report,
+    WeightTechnique,
+    changed,
     check_checkpoints_config,
-    layers_digest,
+    first_batches,
     linear_map,
-    only_weights_quantized,
     paths_of,
+    treat_weights,
     weight_layers,
 )
 from rimet.common.defs import QuantScheme
-from rimet.nn import compute_param_encodings, reuse
+from rimet.ptq_results import LayerEntry, LayerwiseReport, layer_seed
 from rimet.quantsim import QuantizationSimModel, _files
 
 __all__ = ["Adaround", "AdaroundParameters", "AdaroundSupportedModules"]
 
-logger = logging.getLogger(__name__)
-
 AdaroundSupportedModules = SUPPORTED
 """Kinds of layers whose weights AdaRound rounds."""
-
-ForwardFn = Callable[[nn.Module, Any], Any]
 
 
 class AdaroundParameters:
@@ -91,7 +81,7 @@ class AdaroundParameters:
         memory_budget: int | None = None,
         progress: bool = True,
     ) -> None:
-        Batches(data_loader, num_batches)  # checks the number
+        first_batches(data_loader, num_batches)  # checks the number
         if num_batches < 1:
             raise ValueError(f"num_batches: expected 1 or more, got {num_batches}")
         self.data_loader = data_loader
@@ -108,11 +98,11 @@ class AdaroundParameters:
         self.memory_budget = memory_budget
         self.progress = progress
 
-    def _settings(self, layers: Sequence[Layer]) -> dict[str, Any]:
+    def _settings(self, bitwidths: Iterable[int]) -> dict[str, Any]:
         """What the engine takes, with the defaults filled in."""
         iterations = self.num_iterations
         if iterations is None:
-            narrow = any(layer.quantizer.bitwidth < 8 for layer in layers)
+            narrow = any(bitwidth < 8 for bitwidth in bitwidths)
             iterations = 15_000 if narrow else 10_000
         learning_rate = self.learning_rate
         if learning_rate is None:
@@ -124,7 +114,6 @@ class AdaroundParameters:
             "warm_start": float(self.warm_start),
             "learning_rate": float(learning_rate),
             "early_stop": self.early_stop,
-            "seed": self.seed,
         }
 
 
@@ -174,8 +163,8 @@ class Adaround:
             The copy.
 
         Raises:
-            ValueError: settings outside their range, modules that are not in the model, results
-                of another run in ``params.results_dir``.
+            ValueError: settings outside their range, modules that are not in the model.
+            FingerprintMismatchError: ``params.results_dir`` holds the results of another run.
         """
         overrides = list(param_bw_override_list or ())
         override_paths = paths_of(model, (m for m, _ in overrides), "param_bw_override_list")
@@ -194,16 +183,14 @@ class Adaround:
                     quantizer.bitwidth = bitwidth
         sim.exclude_layers_from_quantization([sim.model.get_submodule(p) for p in ignored])
         report = cls.round_simulation(sim, params)
-        treated = {f"{layer.path}.weight" for layer in report.layers if layer.status != "skipped"}
+        treated = {f"{layer.path}.weight" for layer in report.treated}
         _, encodings = _files.collect(sim.model)
         sections = _core.encodings_sections([], [e for e in encodings if e[0] in treated])
+        document = {"param_encodings": json.loads(sections)["param_encodings"]}
         folder = Path(path)
-        text = (
-            json.dumps({"param_encodings": json.loads(sections)["param_encodings"]}, indent=1)
-            + "\n"
-        )
+        text = json.dumps(document, indent=1) + "\n"
         _files.write_text(folder / f"{filename_prefix}.encodings", text)
-        _files.write_text(folder / f"{filename_prefix}_report.json", report.to_json())
+        report.save(folder / f"{filename_prefix}_report.json")
         return QuantizationSimModel.get_original_model(sim.model)
 
     @classmethod
@@ -250,7 +237,7 @@ class Adaround:
         sim: QuantizationSimModel,
         params: AdaroundParameters,
         modules_to_exclude: Collection[nn.Module] = (),
-    ) -> Report:
+    ) -> LayerwiseReport:
         """Rounds the weights of a simulation, on whatever grids their quantizers have: per-tensor,
         per-channel, blockwise, grouped blocks.
 
@@ -266,122 +253,79 @@ class Adaround:
             What was done, layer by layer.
 
         Raises:
-            ValueError: settings outside their range, results of another run in
-                ``params.results_dir``.
+            ValueError: settings outside their range, modules that are not in the model.
+            FingerprintMismatchError: ``params.results_dir`` holds the results of another run.
         """
-        began = time.perf_counter()
-        paths_of(sim.model, modules_to_exclude, "modules_to_exclude")
-        layers, skipped = weight_layers(sim, modules_to_exclude)
-        for layer in layers:
-            if not layer.quantizer.is_initialized():
-                compute_param_encodings(layer.module)
-        settings = params._settings(layers)
-        float_model = QuantizationSimModel.get_original_model(sim.model)
-        fingerprint = {"technique": "adaround", **settings, "layers": layers_digest(layers)}
-        batches = Batches(params.data_loader, params.num_batches)
-        walk = StreamingWalk(
-            float_model,
-            sim.model,
-            batches,
-            params.forward_fn,
-            params.memory_budget,
+        layers, _ = weight_layers(sim, modules_to_exclude)
+        settings = params._settings(layer.quantizer.bitwidth for layer in layers)
+        return treat_weights(
+            _AdaRound(settings, params.seed, params.progress),
+            sim,
+            first_batches(params.data_loader, params.num_batches),
+            needs_float_model=True,
+            excluded=modules_to_exclude,
+            forward_fn=params.forward_fn,
             seed=params.seed,
-            progress="AdaRound" if params.progress else None,
+            memory_budget=params.memory_budget,
+            results_dir=params.results_dir,
         )
-        report = Report("AdaRound")
-        by_path = {layer.path: layer for layer in layers}
-        results: LayerResults | None = None
-        with contextlib.ExitStack() as stack:
-            for layer in layers:
-                weight = layer.module.weight
-                stack.callback(_restore, layer, weight, weight.detach().clone())
-            with only_weights_quantized(sim, layers):
-                for visit in walk.visit(by_path):
-                    if results is None:  # now all batches have gone by
-                        fingerprint["data"] = batches.digest()
-                        results = LayerResults(params.results_dir, fingerprint)
-                    layer = by_path[visit.path]
-                    finished = results.load(visit.path)
-                    if finished is None:
-                        finished = _round_layer(layer, visit, settings, params.progress)
-                        results.store(*finished)
-                    tensors, layer_report = finished
-                    _set_weight(layer, tensors["weight"])
-                    report.layers.append(layer_report)
-            stack.pop_all()
-        for layer in layers:
-            layer.quantizer.allow_overwrite(False)
-            layer.quantizer.requires_grad_(False)
-        for path, reason in walk.report.not_run.items():
-            kind = type(by_path[path].module).__name__
-            report.layers.append(LayerReport(path, kind, "skipped", reason))
-        report.layers += skipped
-        report.walk = asdict(walk.report)
-        report.seconds = time.perf_counter() - began
-        return report
 
 
-def _set_weight(layer: Layer, weight: Tensor) -> None:
-    with torch.no_grad():
-        reuse.forget(layer.module)
-        layer.module.weight.copy_(weight)
+class _AdaRound(WeightTechnique):
+    """Rounds weights."""
 
+    name = "AdaRound"
 
-def _restore(layer: Layer, parameter: Tensor, weight: Tensor) -> None:
-    with torch.no_grad():
-        reuse.forget(layer.module)
-        parameter.copy_(weight)
+    def __init__(self, settings: dict[str, Any], seed: int, progress: bool) -> None:
+        self.settings = settings
+        self.progress = progress
+        self._seed = seed
 
-
-def _round_layer(
-    layer: Layer, visit: Any, settings: dict[str, Any], progress: bool
-) -> tuple[dict[str, Tensor], LayerReport]:
-    began = time.perf_counter()
-    quantizer = layer.quantizer
-    following = visit.following_activation
-    activation = None if following is None else activation_of(following)
-    reason = None
-    if following is not None and activation is None:
-        reason = f"the activation function behind it, {following.name}, is not part of its loss"
-    # A spilled tensor is a mapped file: the list holds no memory of its own.
-    targets = list(visit.float_outputs)
-    inputs = list(visit.quant_inputs)
-    with tqdm(
-        total=settings["num_iterations"], desc=layer.path, leave=False, disable=not progress
-    ) as bar:
-        result = _core.adaround_layer(
-            linear_map(layer.module),
-            layer.module.weight,
-            layer.module.bias,
-            inputs,
-            targets,
-            quantizer.get_scale(),
-            quantizer.get_offset(),
-            qmin=quantizer.qmin,
-            qmax=quantizer.qmax,
-            block_size=None if quantizer.block_size is None else list(quantizer.block_size),
-            activation=activation,
-            progress=lambda steps: bar.update(steps - bar.n),
-            **settings,
+    def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
+        quantizer = layer.quantizer
+        following = visit.following_activation
+        activation = None if following is None else activation_of(following)
+        note = None
+        if following is not None and activation is None:
+            note = f"the activation function behind it, {following.name}, is not part of its loss"
+        # A spilled tensor is a mapped file: the list holds no memory of its own.
+        targets = list(visit.float_outputs)
+        inputs = list(visit.quant_inputs)
+        with self.steps(layer, self.settings["num_iterations"]) as progress:
+            result = _core.adaround_layer(
+                linear_map(layer.module),
+                layer.module.weight,
+                layer.module.bias,
+                inputs,
+                targets,
+                quantizer.get_scale(),
+                quantizer.get_offset(),
+                qmin=quantizer.qmin,
+                qmax=quantizer.qmax,
+                block_size=layer.block_size,
+                activation=activation,
+                seed=layer_seed(self._seed, layer.path),
+                progress=progress,
+                **self.settings,
+            )
+        if result["kept_nearest"]:
+            note = "nearest rounding was kept: the one found was no better"
+        entry.done(
+            {"weight": result["weight"]},
+            loss_before=result["loss_before"],
+            loss_after=result["loss_after"],
+            note=note,
+            bitwidth=quantizer.bitwidth,
+            method=result["method"],
+            iterations=result["iterations"],
         )
-    if result["kept_nearest"]:
-        reason = "nearest rounding was kept: the one found was no better"
-    report = LayerReport(
-        layer.path,
-        type(layer.module).__name__,
-        reason=reason,
-        bitwidth=quantizer.bitwidth,
-        method=result["method"],
-        loss_before=result["loss_before"],
-        loss_after=result["loss_after"],
-        iterations=result["iterations"],
-        seconds=time.perf_counter() - began,
-    )
-    logger.info(
-        "%s: loss %.4g -> %.4g in %.1f s", layer.path, report.loss_before, report.loss_after,
-        report.seconds,
-    )  # fmt: skip
-    return {"weight": result["weight"]}, report
+
+    def tensors(self, layer: Layer) -> dict[str, Tensor]:
+        return {"weight": layer.module.weight}
+
+    def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
+        with changed(layer):
+            layer.module.weight.copy_(tensors["weight"])
 
 
 # Activation functions

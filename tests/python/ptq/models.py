@@ -4,7 +4,11 @@ connection, grouped and depthwise convolutions, a layer that cannot be treated.
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+from rimet import _core
 from rimet.nn.modules import custom
 from torch import Tensor, nn
 
@@ -39,3 +43,18 @@ def batches(count: int = 3, size: int = 8, seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sizes = [size] * (count - 1) + [size // 2 + 1]
     return [torch.randn(n, 3, 6, 6, generator=generator) for n in sizes]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, engine: str, layers: int) -> None:
+    """The engine's function for one layer raises KeyboardInterrupt after so many layers."""
+    treat = getattr(_core, engine)
+    done = 0
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if done == layers:
+            raise KeyboardInterrupt
+        done += 1
+        return treat(*args, **kwargs)
+
+    monkeypatch.setattr(_core, engine, stopping)

@@ -11,6 +11,7 @@ import torch
 from rimet.adaround import Adaround, AdaroundParameters, AdaroundWrapper
 from rimet.common.defs import QuantScheme
 from rimet.common.quantsim_config.utils import get_path_for_per_tensor_config
+from rimet.ptq_results import FingerprintMismatchError
 from rimet.quantsim import QuantizationSimModel
 from rimet.quantsim.config_utils import (
     set_blockwise_quantization_for_weights,
@@ -18,7 +19,7 @@ from rimet.quantsim.config_utils import (
 )
 from torch import Tensor, nn
 
-from .models import Small, batches, small
+from .models import Small, batches, small, stop_after
 
 TREATED = ["stem", "depthwise", "point", "up", "head"]
 
@@ -74,7 +75,7 @@ def test_the_files_and_the_model_are_what_a_simulation_needs(tmp_path: Path) -> 
     report = json.loads((tmp_path / "small_report.json").read_text())
     layers = {layer["path"]: layer for layer in report["layers"]}
     for name in TREATED:
-        assert layers[name]["status"] == "treated" and layers[name]["bitwidth"] == 4
+        assert layers[name]["status"] == "treated" and layers[name]["details"]["bitwidth"] == 4
         assert layers[name]["loss_after"] <= layers[name]["loss_before"]
     assert layers["norm"]["status"] == "skipped" and "LayerNorm" in layers["norm"]["reason"]
     assert report["walk"]["streamed"] == {"float": True, "quant": True}
@@ -85,9 +86,10 @@ def test_activation_functions_are_found_whether_modules_or_not(tmp_path: Path) -
     matrix or, if that is dearer, minibatches."""
     sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
     report = Adaround.round_simulation(sim, parameters())
-    assert report["stem"].method == report["depthwise"].method == "minibatch"
-    assert report["point"].method == report["up"].method == "gram"
-    assert all(report[name].reason is None or "nearest" in report[name].reason for name in TREATED)
+    method = {name: report[name].details["method"] for name in TREATED}
+    assert method["stem"] == method["depthwise"] == "minibatch"
+    assert method["point"] == method["up"] == "gram"
+    assert all(report[name].note is None or "nearest" in report[name].note for name in TREATED)
 
 
 def test_overrides_ignored_modules_and_per_tensor_grids(tmp_path: Path) -> None:
@@ -167,36 +169,34 @@ def test_rounding_is_better_than_nearest() -> None:
 def test_an_interrupted_run_goes_on_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rimet.adaround import adaround_weight
-
     whole = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
     Adaround.round_simulation(whole, parameters())
 
     sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
     before = {name: p.clone() for name, p in sim.model.named_parameters() if "quant" not in name}
-    treat = adaround_weight._round_layer
-    done = []
-
-    def stopping(layer: Any, *args: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(layer.path)
-        return treat(layer, *args)
-
-    monkeypatch.setattr(adaround_weight, "_round_layer", stopping)
+    stop_after(monkeypatch, "adaround_layer", 2)
     with pytest.raises(KeyboardInterrupt):
         Adaround.round_simulation(sim, parameters(results_dir=tmp_path / "results"))
     assert all(torch.equal(dict(sim.model.named_parameters())[n], p) for n, p in before.items())
 
-    monkeypatch.setattr(adaround_weight, "_round_layer", treat)
+    monkeypatch.undo()
     report = Adaround.round_simulation(sim, parameters(results_dir=tmp_path / "results"))
     assert [report[name].status for name in TREATED] == ["resumed"] * 2 + ["treated"] * 3
     assert same(state(sim.model), state(whole.model))
 
-    with pytest.raises(ValueError, match="seed"):
-        Adaround.round_simulation(sim, parameters(results_dir=tmp_path / "results", seed=1))
+    again = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
+    with pytest.raises(FingerprintMismatchError, match="another num_iterations, another seed"):
+        Adaround.round_simulation(
+            again,
+            parameters(
+                results_dir=tmp_path / "results",
+                seed=1,
+                default_num_iterations=50,
+                learning_rate=1e-2,
+            ),
+        )
     other = QuantizationSimModel(small(1), batches()[0], default_param_bw=4)
-    with pytest.raises(ValueError, match="layers"):
+    with pytest.raises(FingerprintMismatchError, match="another weights;"):
         Adaround.round_simulation(other, parameters(results_dir=tmp_path / "results"))
     assert not list((tmp_path / "results").glob("*.part"))
 

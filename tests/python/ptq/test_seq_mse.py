@@ -11,6 +11,7 @@ import pytest
 import torch
 from rimet import seq_mse
 from rimet.adaround import Adaround, AdaroundParameters
+from rimet.ptq_results import FingerprintMismatchError
 from rimet.quantsim import QuantizationSimModel
 from rimet.quantsim.config_utils import (
     set_blockwise_quantization_for_weights,
@@ -20,7 +21,7 @@ from rimet.seq_mse import SeqMseParams, apply_seq_mse
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .models import batches, small
+from .models import batches, small, stop_after
 
 TREATED = ["stem", "depthwise", "point", "up", "head"]
 
@@ -58,7 +59,7 @@ def test_ranges_are_chosen_frozen_and_better(bitwidth: int, grid: str) -> None:
     report = apply_seq_mse(sim, batches(), progress=False)
     for name in TREATED:
         layer = report[name]
-        assert layer.status == "treated" and layer.bitwidth == bitwidth
+        assert layer.status == "treated" and layer.details["bitwidth"] == bitwidth
         assert layer.loss_after is not None and layer.loss_before is not None
         assert layer.loss_after <= layer.loss_before
     total = [
@@ -161,27 +162,18 @@ def test_an_interrupted_run_leaves_the_simulation_and_goes_on_with_the_same_bits
 ) -> None:
     whole, sim = simulation(), simulation()
     apply_seq_mse(whole, batches(), progress=False)
-    treat = seq_mse._optimize_layer
-    done = []
-
-    def stopping(layer: Any, *args: Any) -> Any:
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(layer.path)
-        return treat(layer, *args)
-
-    monkeypatch.setattr(seq_mse, "_optimize_layer", stopping)
+    stop_after(monkeypatch, "seq_mse_layer", 3)
     with pytest.raises(KeyboardInterrupt):
         apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
     fresh = simulation()
     for layer in fresh.qmodules():
         layer.compute_param_encodings()
     assert same(ranges(sim), ranges(fresh))  # calibrated, not treated
-    monkeypatch.setattr(seq_mse, "_optimize_layer", treat)
+    monkeypatch.undo()
     report = apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
     assert [report[name].status for name in TREATED] == ["resumed"] * 3 + ["treated"] * 2
     assert same(ranges(sim), ranges(whole))
-    with pytest.raises(ValueError, match="data"):
+    with pytest.raises(FingerprintMismatchError, match="another data;"):
         apply_seq_mse(simulation(), batches(seed=9), results_dir=tmp_path, progress=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rimet import _core
-from rimet._layerwise import linear_map
+from rimet._weight_layers import linear_map
 from torch import Tensor, nn
 from torch.func import functional_call
 
