@@ -24,7 +24,10 @@ os.dup2(2, 1)
 
 import ptq_models  # noqa: E402  (beside this file)
 import torch  # noqa: E402
+import torchvision  # noqa: E402
 from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
+from aimet_torch.batch_norm_fold import fold_all_batch_norms  # noqa: E402
+from aimet_torch.cross_layer_equalization import equalize_model  # noqa: E402
 from aimet_torch.quantization import affine, encoding_analyzer  # noqa: E402
 from aimet_torch.quantization.float import FloatQuantizeDequantize  # noqa: E402
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
@@ -195,24 +198,16 @@ def analyzer(
     return call
 
 
-<<<<<<< HEAD
 def _model(model: str, shape: list[int]) -> tuple[torch.nn.Module, Tensor]:
-    import torchvision
-
     return getattr(torchvision.models, model)(weights=None).eval(), torch.randn(shape)
 
 
 def _simulate(model: torch.nn.Module, x: Tensor) -> Any:
-    from aimet_torch import QuantizationSimModel
-
     return QuantizationSimModel(model, x, default_param_bw=4, default_output_bw=8)
 
 
 def change(model: str, shape: list[int], name: str) -> Pair:
     """Folding, equalizing, or making the simulation, on a fresh copy of a model."""
-    from aimet_torch.batch_norm_fold import fold_all_batch_norms
-    from aimet_torch.cross_layer_equalization import equalize_model
-
     original, x = _model(model, shape)
     changes: dict[str, Callable[[torch.nn.Module], object]] = {
         "fold": lambda m: fold_all_batch_norms(m, tuple(shape), dummy_input=x),
@@ -229,8 +224,6 @@ def change(model: str, shape: list[int], name: str) -> Pair:
 
 def simulated_forward(model: str, shape: list[int]) -> Call:
     """A W4A8 simulation of a folded model, under no_grad."""
-    from aimet_torch.batch_norm_fold import fold_all_batch_norms
-
     network, x = _model(model, shape)
     fold_all_batch_norms(network, tuple(shape), dummy_input=x)
     sim = _simulate(network, x)
@@ -243,8 +236,6 @@ def simulated_forward(model: str, shape: list[int]) -> Call:
     return call
 
 
-WORKS: dict[str, Callable[..., Call | Pair]] = {
-=======
 def seq_mse(model: dict[str, Any], candidates: int, lpbq_block: int | None, output: str) -> Triple:
     """Sequential MSE of 4-bit weights; the weights on their grids are saved in ``output``."""
     original, batches = ptq_models.build(**model)
@@ -292,7 +283,6 @@ def adaround(model: dict[str, Any], iterations: int, output: str) -> Triple:
 
 
 WORKS: dict[str, Callable[..., Call | Pair | Triple]] = {
->>>>>>> main
     "qdq": qdq,
     "module": module,
     "grouped_block": grouped_block,
@@ -301,13 +291,10 @@ WORKS: dict[str, Callable[..., Call | Pair | Triple]] = {
     "dequantize": dequantize,
     "after_conv": after_conv,
     "analyzer": analyzer,
-<<<<<<< HEAD
     "change": change,
     "simulated_forward": simulated_forward,
-=======
     "seq_mse": seq_mse,
     "adaround": adaround,
->>>>>>> main
 }
 
 

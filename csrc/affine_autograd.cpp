@@ -171,7 +171,7 @@ void quantize_dequantize_range_inplace(Tensor& input, const Tensor& min, const T
                  void(Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool, double, Block))
         .call(input, min, max, qmin, qmax, symmetric, shift, block);
   }
-  torch::autograd::increment_version(input);
+  input.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace

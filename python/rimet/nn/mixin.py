@@ -496,7 +496,11 @@ def _forward_general(
             output = run_with_parameters(self, base_forward, tensors, args, kwargs, pure)
         else:
             output = base_forward(self, *args, **kwargs)
-        if fresh and (quantizer := self._modules["output_quantizers"]._modules["0"]) is not None:
+        if (
+            fresh
+            and isinstance(output, Tensor)
+            and (quantizer := self._modules["output_quantizers"]._modules["0"]) is not None
+        ):
             return quantize_fresh(self, quantizer, output, (*args, *kwargs.values()))
         return quantize_outputs(self, output, shared_output)
 
@@ -525,11 +529,11 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any, fr
         quantizer = modules["output_quantizers"]._modules.get("0")
         if quantizer is None:
             return output
+        if not isinstance(output, Tensor):
+            return quantize_outputs(self, output)
         if fresh:
             return quantize_fresh(self, quantizer, output, (*args, *kwargs.values()))
-        if isinstance(output, Tensor):
-            return quantize(self, "output_quantizers", 0, quantizer, output)
-        return quantize_outputs(self, output)
+        return quantize(self, "output_quantizers", 0, quantizer, output)
 
     return forward
 

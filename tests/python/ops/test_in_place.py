@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.test_registry import DTYPES, GEOMETRIES, OPS, tensors
 from torch.library import opcheck
+
+from ops.test_registry import DTYPES, GEOMETRIES, OPS, tensors
 
 
 def arguments(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, tuple[object, ...]]:
