@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # name -> (layer, shape of its input)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 6), (24, 12)),
+    "linear, wide": (lambda: nn.Linear(96, 20), (40, 96)),
     "linear of tokens": (lambda: nn.Linear(8, 5, bias=False), (6, 7, 8)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (6, 4, 11)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (5, 4, 6, 5)),
