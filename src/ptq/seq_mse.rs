@@ -4,7 +4,7 @@
 //! least error of the outputs it has a part in, on calibration data. A block of input channels counts
 //! with its own part of the output.
 //!
-//! For the quadratic losses the error of a candidate with weight change `e = W - W'` is `e^T G e` with
+//! For the quadratic losses the error of a candidate with weight change `e = W' - W` is `e^T G e` with
 //! the Gram matrix `G = X^T X` of the input rows, made once. Where there are few rows, the rows themselves
 //! cost less: `|X e|^2`. Whichever counts fewer operations is taken. Products are float32, their sums
 //! over pieces of the rows float64. Where a layer is one block, candidates that cannot win are found by a lower
@@ -322,7 +322,7 @@ impl Layout {
     }
 }
 
-/// What the error of every change `e` of the weights follows from: `e^T gram e + double_cross e + constant`. By unit
+/// What the error of every change `e` of the weights follows from: `e^T gram e - double_cross e + constant`. By unit
 /// (group and block of columns) and output channel.
 struct Sums {
     /// `[units, columns, columns]`
@@ -344,13 +344,11 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// `W - W'` of a candidate, `[groups * blocks, out, columns]`.
+    /// `W' - W` of a candidate, `[groups * blocks, out, columns]`.
     fn change(&self, (min, max): &(Tensor, Tensor)) -> Result<Tensor> {
-        let rounded = self
-            .problem
-            .quantizer
-            .quantize_dequantize(self.weight, min, max)?;
-        self.matrix(&(self.weight - rounded))
+        let quantizer = self.problem.quantizer;
+        let mut change = quantizer.quantize_dequantize(self.weight, min, max)?;
+        self.matrix(&change.f_sub_(self.weight)?)
     }
 
     fn matrix(&self, weight: &Tensor) -> Result<Tensor> {
@@ -429,8 +427,8 @@ impl Search<'_> {
             |batch| self.load(batch),
             |piece| {
                 let columns = piece[0].f_transpose(1, 2)?;
-                // The shift's sign: W x - W' x' = e x' + W (x - x').
-                let shift = self.shift(piece, &matrix)?.map(|s| s.neg());
+                // W' x' - W x = (W' - W) x' - W (x - x').
+                let shift = self.shift(piece, &matrix)?;
                 if self.config.loss == Loss::Sqnr {
                     let target = matrix.f_bmm(&self.target_rows(piece).f_transpose(1, 2)?)?;
                     let _ = signal.f_add_(&reconstruction_error(&target, None, "mse")?)?;
@@ -510,7 +508,7 @@ impl Search<'_> {
             let change = self.change(range)?;
             let mut product = change.f_bmm(&sums.gram)?;
             if let Some(cross) = &sums.double_cross {
-                product += cross;
+                product -= cross;
             }
             errors.push(row_dot(&product, &change)? + &sums.constant);
             progress(i as u32 + 1)?;

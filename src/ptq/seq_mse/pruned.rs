@@ -150,7 +150,7 @@ impl Found {
 struct Sketch {
     /// `[r, K]`
     directions: Tensor,
-    /// Minus the part of the shift (see [`OneBlock::pieces`]) along the directions: `[out, r]`.
+    /// The part of the shift (see [`OneBlock::pieces`]) along the directions: `[out, r]`.
     target: Option<Tensor>,
     /// Mean energy of the inputs outside the directions, per column: an estimate.
     rest: f64,
@@ -168,8 +168,8 @@ enum Errors {
 struct OneBlock<'a> {
     search: &'a Search<'a>,
     map: &'a LinearMap,
-    /// Inputs of the quantized weights; if the other model's differ, also minus the difference that they make at
-    /// the outputs, `W x - W x'` (see [`outputs`]).
+    /// Inputs of the quantized weights; if the other model's differ, also the difference that they make at the
+    /// outputs, `W x - W x'` (see [`outputs`]).
     pieces: Pieces<'a>,
     /// The weight's axis of output channels.
     out_axis: i64,
@@ -330,14 +330,9 @@ impl<'a> OneBlock<'a> {
             estimates: vec![],
         };
         for (i, range) in self.search.ranges.iter().enumerate() {
-            // The sign is turned, and with it that of the target.
             let change = self.search.change(range)?.f_squeeze_dim(0)?;
-            let target = match &sketch.target {
-                Some(target) => Some(target.f_neg()?),
-                None => None,
-            };
-            let part =
-                reconstruction_error(&change.f_matmul(&directions)?, target.as_ref(), "mse")?;
+            let target = sketch.target.as_ref();
+            let part = reconstruction_error(&change.f_matmul(&directions)?, target, "mse")?;
             let rest = row_dot(&change, &change)? * sketch.rest;
             let estimate = &part + rest;
             bounds
