@@ -3,8 +3,8 @@
 //! Every function answers a status; the message of a failure is kept per thread for
 //! `rimet_last_error`. No panic crosses.
 
-use super::cpu::affine::{self, AffineOp, Encodings};
-use super::cpu::{self, isa, Compute, Element, RangeGradient};
+use super::cpu::affine::{self, Encodings};
+use super::cpu::{self, elementwise, isa, Compute, Element, ScaleOffsetGradients};
 use crate::encoding::{AffineGrid, BlockGeometry};
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -130,6 +130,30 @@ unsafe fn integers<'a>(p: *const i64, n: i64) -> &'a [i64] {
     }
 }
 
+/// An array that C++ gives, which may be null where it has no elements.
+///
+/// # Safety
+/// `p` points to `n` elements, or `n` is 0.
+unsafe fn slice<'a, C>(p: *const c_void, n: usize) -> &'a [C] {
+    if n == 0 {
+        return &[];
+    }
+    // SAFETY: by the contract.
+    unsafe { std::slice::from_raw_parts(p.cast(), n) }
+}
+
+/// As [`slice`], to be written.
+///
+/// # Safety
+/// As for [`slice`], and nothing else reads or writes the elements meanwhile.
+unsafe fn slice_mut<'a, C>(p: *mut c_void, n: usize) -> &'a mut [C] {
+    if n == 0 {
+        return &mut [];
+    }
+    // SAFETY: by the contract.
+    unsafe { std::slice::from_raw_parts_mut(p.cast(), n) }
+}
+
 impl View {
     /// # Safety
     /// The pointers are as `csrc/engine.h` says.
@@ -229,17 +253,8 @@ impl Affine {
         n: usize,
         body: impl FnOnce(Encodings<'_, C>) -> R,
     ) -> R {
-        // SAFETY: by the contract. The pointers may be null where there are no elements.
-        let (first, second): (&[C], &[C]) = if n == 0 {
-            (&[], &[])
-        } else {
-            unsafe {
-                (
-                    std::slice::from_raw_parts(self.first.cast(), n),
-                    std::slice::from_raw_parts(self.second.cast(), n),
-                )
-            }
-        };
+        // SAFETY: by the contract.
+        let (first, second) = unsafe { (slice(self.first, n), slice(self.second, n)) };
         if self.is_range == 0 {
             return body(Encodings {
                 scale: first,
@@ -315,58 +330,29 @@ unsafe fn backward<T: Element<C>, C: Compute>(
     grad_first: *mut c_void,
     grad_second: *mut c_void,
 ) -> Result<()> {
-    unsafe fn gradients<O: AffineOp, T: Element<C>, C: Compute>(
-        geometry: &BlockGeometry,
-        encodings: Encodings<'_, C>,
-        grid: &AffineGrid,
-        pointers: (*const T, *const T, *mut T),
-    ) -> Vec<(f64, f64)> {
-        // SAFETY: handed on.
-        unsafe {
-            affine::backward::<O, T, C>(
-                geometry, encodings, grid, pointers.0, pointers.1, pointers.2,
-            )
-        }
-    }
     let grid = affine.grid()?;
-    // SAFETY: by the contract of the callers, here and below.
-    let geometry = unsafe { affine.geometry(input)? };
-    let n = geometry.num_groups();
-    let pointers = (
-        grad.cast::<T>(),
-        input.data.cast::<T>().cast_const(),
-        grad_input.cast::<T>(),
-    );
-    let mut sums = unsafe {
-        affine.with_encodings::<C, _>(&grid, n, |encodings| match affine.op {
-            0 => gradients::<affine::Quantize, T, C>(&geometry, encodings, &grid, pointers),
-            1 => gradients::<affine::Dequantize, T, C>(&geometry, encodings, &grid, pointers),
-            _ => {
-                gradients::<affine::QuantizeDequantize, T, C>(&geometry, encodings, &grid, pointers)
-            }
-        })
+    let backward = match affine.op {
+        0 => affine::backward::<affine::Quantize, T, C>,
+        1 => affine::backward::<affine::Dequantize, T, C>,
+        _ => affine::backward::<affine::QuantizeDequantize, T, C>,
     };
-    if affine.is_range != 0 && n > 0 {
-        let rule = RangeGradient::<C>::new(&grid, affine.symmetric != 0);
-        // SAFETY: `first` and `second` hold `n` elements of the compute type.
-        let (min, max) = unsafe {
-            (
-                std::slice::from_raw_parts(affine.first.cast::<C>(), n),
-                std::slice::from_raw_parts(affine.second.cast::<C>(), n),
-            )
-        };
-        rule.apply_all(min, max, &mut sums);
-    }
-    for (i, sum) in sums.iter().enumerate() {
-        // SAFETY: the outputs hold one element for each of the sums.
-        unsafe {
-            if !grad_first.is_null() {
-                grad_first.cast::<C>().add(i).write(C::from_f64(sum.0));
-            }
-            if !grad_second.is_null() {
-                grad_second.cast::<C>().add(i).write(C::from_f64(sum.1));
-            }
+    let (g, x) = (grad.cast(), input.data.cast_const().cast());
+    let outgoing = [grad_first.cast::<C>(), grad_second.cast()];
+    // SAFETY: by the contract of the callers; `first`, `second` and the results of their gradients hold one
+    // element for each group.
+    unsafe {
+        let geometry = affine.geometry(input)?;
+        let n = geometry.num_groups();
+        let sums = affine.with_encodings::<C, _>(&grid, n, |encodings| {
+            backward(&geometry, encodings, &grid, g, x, grad_input.cast())
+        });
+        if affine.is_range == 0 {
+            elementwise::write_sums::<C, 2>(&sums, outgoing);
+            return Ok(());
         }
+        let (min, max) = (slice(affine.first, n), slice(affine.second, n));
+        let (incoming, symmetric) = (ScaleOffsetGradients::Sums(&sums), affine.symmetric != 0);
+        cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
     }
     Ok(())
 }
@@ -428,13 +414,12 @@ pub unsafe extern "C" fn rimet_range_to_scale_offset(
         scale: *mut c_void,
         offset: *mut c_void,
     ) -> Result<()> {
-        let grid = affine.grid()?;
-        // SAFETY: by the contract; the outputs hold `n` elements.
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        // SAFETY: by the contract; every array holds `n` elements.
         unsafe {
-            affine.with_encodings::<C, _>(&grid, n, |e| {
-                std::ptr::copy_nonoverlapping(e.scale.as_ptr(), scale.cast(), n);
-                std::ptr::copy_nonoverlapping(e.offset.as_ptr(), offset.cast(), n);
-            });
+            let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
+            let (scale, offset) = (slice_mut(scale, n), slice_mut(offset, n));
+            cpu::range_to_scale_offset(min, max, &grid, symmetric, scale, offset);
         }
         Ok(())
     }
@@ -468,19 +453,14 @@ pub unsafe extern "C" fn rimet_range_to_scale_offset_backward(
         incoming: [*const c_void; 2],
         outgoing: [*mut c_void; 2],
     ) -> Result<()> {
-        let rule = RangeGradient::<C>::new(&affine.grid()?, affine.symmetric != 0);
-        for i in 0..n {
-            // SAFETY: by the contract, every array holds `n` elements.
-            unsafe {
-                let (gmin, gmax) = rule.apply(
-                    affine.first.cast::<C>().add(i).read(),
-                    affine.second.cast::<C>().add(i).read(),
-                    incoming[0].cast::<C>().add(i).read().to_f64(),
-                    incoming[1].cast::<C>().add(i).read().to_f64(),
-                );
-                outgoing[0].cast::<C>().add(i).write(C::from_f64(gmin));
-                outgoing[1].cast::<C>().add(i).write(C::from_f64(gmax));
-            }
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        // SAFETY: by the contract; every array holds `n` elements.
+        unsafe {
+            let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
+            let [scale, offset] = incoming.map(|gradient| slice(gradient, n));
+            let incoming = ScaleOffsetGradients::Arrays(scale, offset);
+            let outgoing = outgoing.map(<*mut c_void>::cast);
+            cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
         }
         Ok(())
     }

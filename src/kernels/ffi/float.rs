@@ -1,13 +1,11 @@
 //! The float ops' side of the C boundary.
 
-use super::{for_types, integers, status, View};
+use super::{for_types, integers, slice, status, View};
 use super::{BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
 use crate::encoding::{BlockGeometry, FloatFormat};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::float::{
-    self, FloatOp, FloatQuantize, FloatQuantizeDequantize, RoundToFormat,
-};
-use crate::kernels::cpu::Element;
+use crate::kernels::cpu::float::{self, FloatOp, FloatQuantize, FloatQuantizeDequantize};
+use crate::kernels::cpu::{elementwise, Compute, Element};
 use half::{bf16, f16};
 use std::ffi::c_void;
 
@@ -50,16 +48,6 @@ impl Float {
             input.geometry(encoding, block)
         }
     }
-
-    /// # Safety
-    /// `scale` holds `n` elements of `C`.
-    unsafe fn scales<C>(&self, n: usize) -> &[C] {
-        if n == 0 {
-            return &[];
-        }
-        // SAFETY: by the contract.
-        unsafe { std::slice::from_raw_parts(self.scale.cast(), n) }
-    }
 }
 
 /// A format's largest value, the exponent of its smallest normal value, and whether float32 holds its
@@ -94,12 +82,12 @@ pub unsafe extern "C" fn rimet_float_forward(
     input: *const View,
     output: *mut c_void,
 ) -> i32 {
-    unsafe fn forward<T: Element<C>, C: RoundToFormat>(
+    unsafe fn forward<T: Element<C>, C: Compute>(
         float: &Float,
         input: &View,
         output: *mut c_void,
     ) -> Result<()> {
-        unsafe fn apply<O: FloatOp, T: Element<C>, C: RoundToFormat>(
+        unsafe fn apply<O: FloatOp, T: Element<C>, C: Compute>(
             float: &Float,
             geometry: &BlockGeometry,
             format: &FloatFormat,
@@ -108,7 +96,7 @@ pub unsafe extern "C" fn rimet_float_forward(
         ) {
             // SAFETY: handed on.
             unsafe {
-                let scale = float.scales::<C>(geometry.num_groups());
+                let scale = slice::<C>(float.scale, geometry.num_groups());
                 float::forward::<O, T, C>(geometry, scale, format, input, output);
             }
         }
@@ -149,7 +137,7 @@ pub unsafe extern "C" fn rimet_float_backward(
     grad_input: *mut c_void,
     grad_scale: *mut c_void,
 ) -> i32 {
-    unsafe fn backward<T: Element<C>, C: RoundToFormat>(
+    unsafe fn backward<T: Element<C>, C: Compute>(
         float: &Float,
         input: &View,
         grad: *const c_void,
@@ -160,7 +148,7 @@ pub unsafe extern "C" fn rimet_float_backward(
         // SAFETY: by the contract; all tensors have the layout of `input`, which is dense.
         unsafe {
             let geometry = float.geometry(input)?;
-            let scale = float.scales::<C>(geometry.num_groups());
+            let scale = slice::<C>(float.scale, geometry.num_groups());
             let backward = if float.dequantize != 0 {
                 float::backward::<FloatQuantizeDequantize, T, C>
             } else {
@@ -174,11 +162,7 @@ pub unsafe extern "C" fn rimet_float_backward(
                 input.data.cast::<T>().cast_const(),
                 grad_input.cast(),
             );
-            if !grad_scale.is_null() {
-                for (i, sum) in sums.into_iter().enumerate() {
-                    grad_scale.cast::<C>().add(i).write(C::from_f64(sum));
-                }
-            }
+            elementwise::write_sums::<C, 1>(&sums, [grad_scale.cast()]);
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The grouped-block op's side of the C boundary.
 
-use super::{integers, status, View, FLOAT64};
+use super::{integers, slice, slice_mut, status, View, FLOAT64};
 use crate::encoding::BlockGeometry;
 use crate::error::Result;
 use crate::kernels::cpu::{grouped_block, Compute};
@@ -16,26 +16,6 @@ unsafe fn groups(scale: &View, shape: *const i64) -> Result<BlockGeometry> {
         let shape = integers(shape, scale.ndim);
         scale.geometry(shape, Some(&vec![-1; shape.len()]))
     }
-}
-
-/// # Safety
-/// `p` points to `n` elements, or `n` is 0.
-unsafe fn slice<'a, C>(p: *const c_void, n: usize) -> &'a [C] {
-    if n == 0 {
-        return &[];
-    }
-    // SAFETY: by the contract.
-    unsafe { std::slice::from_raw_parts(p.cast(), n) }
-}
-
-/// # Safety
-/// As [`slice`], and nothing else reads or writes the elements meanwhile.
-unsafe fn slice_mut<'a, C>(p: *mut c_void, n: usize) -> &'a mut [C] {
-    if n == 0 {
-        return &mut [];
-    }
-    // SAFETY: by the contract.
-    unsafe { std::slice::from_raw_parts_mut(p.cast(), n) }
 }
 
 /// Block scales as multiples of their group's: `output` like `scale`, `group_scale` an array.
