@@ -8,7 +8,7 @@
 //! ```
 
 use super::affine::Encodings;
-use super::element::{load, load_part, store, store_part, Compute, Element, LANES};
+use super::element::{load_up_to, store_up_to, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
 use super::math::Transcendental;
 use super::parallel::{for_each_range, Shared, GRAIN};
@@ -57,10 +57,7 @@ fn rectified_sigmoid<S: Simd, C: Transcendental>(alpha: C::V<S>) -> (C::V<S>, C:
     let raw = sigmoid.mul(stretch).add(number::<S, C>(GAMMA));
     let free = <C::V<S>>::and(zero.le(raw), raw.le(one));
     let slope = stretch.mul(sigmoid).mul(one.sub(sigmoid));
-    (
-        raw.limit(zero, one),
-        <C::V<S>>::select(free, slope, zero),
-    )
+    (raw.limit(zero, one), <C::V<S>>::select(free, slope, zero))
 }
 
 #[inline(always)]
@@ -105,50 +102,33 @@ impl<V> Grid<V> {
 #[inline(always)]
 fn signed_power<S: Simd, C: Transcendental>(h: C::V<S>, exponent: C::V<S>) -> C::V<S> {
     let u = h.add(h).sub(number::<S, C>(1.0));
-    // Below, any power of at least 1 is nothing beside 1.
     let magnitude = u.abs().max(number::<S, C>(1e-30));
-    C::exp::<S>(C::ln::<S>(magnitude).mul(exponent)).with_sign_of(u)
+    // e^-60 is nothing beside 1, and its products are no subnormals, which take many times as long.
+    let logarithm = number::<S, C>(-60.0).max(C::ln::<S>(magnitude).mul(exponent));
+    C::exp::<S>(logarithm).with_sign_of(u)
 }
 
-/// The first `n` of sixteen elements, zeros behind them.
-///
-/// # Safety
-/// `n.min(LANES)` elements are readable.
-#[inline(always)]
-unsafe fn read<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> C::V<S> {
-    // SAFETY: by the contract.
-    unsafe {
-        if n >= LANES {
-            load::<S, T, C>(p)
-        } else {
-            load_part::<S, T, C>(p, n)
-        }
-    }
-}
-
-/// Writes the first `n` of sixteen elements.
-///
-/// # Safety
-/// `n.min(LANES)` elements are writable.
-#[inline(always)]
-unsafe fn write<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize, values: C::V<S>) {
-    // SAFETY: by the contract.
-    unsafe {
-        if n >= LANES {
-            store::<S, T, C, false>(p, values);
-        } else {
-            store_part::<S, T, C>(p, n, values);
-        }
-    }
-}
-
-/// What is done with up to sixteen neighbours.
+/// What is done with neighbours, up to `N` vectors of sixteen.
 trait Lanes<C: Compute> {
     /// The grid's ends.
     fn ends(&self) -> Ends<C>;
     /// # Safety
-    /// The `n <= LANES` elements from `at` are inside the tensors, and no other call has them.
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>);
+    /// The `n` elements from `at`, more than `N - 1` vectors and at most `N`, are inside the tensors, and no other call has them.
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>);
+}
+
+/// Vectors worked on at a time. One alone waits for itself: a step is a chain of some 130 operations.
+const UNROLL: usize = 4;
+
+/// Where the vectors of up to `N * LANES` elements begin, and how many of each there are; `n` is more than
+/// `(N - 1) * LANES`.
+#[inline(always)]
+fn parts<const N: usize>(at: usize, n: usize) -> [(usize, usize); N] {
+    let mut parts = [(at, n); N];
+    for (j, part) in parts.iter_mut().enumerate() {
+        *part = (at + j * LANES, LANES.min(n - j * LANES));
+    }
+    parts
 }
 
 struct Walk<'a, C, L> {
@@ -175,11 +155,18 @@ impl<C: Compute, L: Lanes<C>> Body for Walk<'_, C, L> {
                         offset: Vector::splat(offset[group]),
                         ends,
                     };
-                    for i in (0..p.len).step_by(LANES) {
-                        // SAFETY: pieces lie inside `begin..end`, which is this call's alone.
-                        unsafe {
-                            self.lanes
-                                .lanes::<S>(start + i, LANES.min(p.len - i), &grid);
+                    let mut i = 0;
+                    // SAFETY: pieces lie inside `begin..end`, which is this call's alone.
+                    unsafe {
+                        while i + UNROLL * LANES <= p.len {
+                            let n = UNROLL * LANES;
+                            self.lanes.lanes::<S, UNROLL>(start + i, n, &grid);
+                            i += n;
+                        }
+                        while i < p.len {
+                            let n = LANES.min(p.len - i);
+                            self.lanes.lanes::<S, 1>(start + i, n, &grid);
+                            i += n;
                         }
                     }
                 }
@@ -203,7 +190,7 @@ impl<C: Compute, L: Lanes<C>> Body for Walk<'_, C, L> {
                     ends,
                 };
                 // SAFETY: as above.
-                unsafe { self.lanes.lanes::<S>(begin + i, n, &grid) };
+                unsafe { self.lanes.lanes::<S, 1>(begin + i, n, &grid) };
             }
         }
     }
@@ -243,11 +230,12 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Forward<T, C> {
         self.ends
     }
     #[inline(always)]
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
-        // SAFETY: by the contract.
-        unsafe {
-            let x = read::<S, T, C>(self.input.add(at), n);
-            let alpha = read::<S, T, C>(self.alpha.add(at), n);
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
+        for (at, n) in parts::<N>(at, n) {
+            // SAFETY: by the contract.
+            let x = unsafe { load_up_to::<S, T, C>(self.input.add(at), n) };
+            // SAFETY: by the contract.
+            let alpha = unsafe { load_up_to::<S, T, C>(self.alpha.add(at), n) };
             let (zero, one) = (number::<S, C>(0.0), number::<S, C>(1.0));
             let h = if self.soft {
                 rectified_sigmoid::<S, C>(alpha).0
@@ -255,7 +243,8 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Forward<T, C> {
                 <C::V<S>>::select(zero.le(alpha), one, zero)
             };
             let position = floor::<S, C>(x.div(grid.scale)).add(h);
-            write::<S, T, C>(self.output.add(at), n, grid.value(position));
+            // SAFETY: by the contract.
+            unsafe { store_up_to::<S, T, C>(self.output.add(at), n, grid.value(position)) };
         }
     }
 }
@@ -305,16 +294,18 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Backward<T, C> {
         self.ends
     }
     #[inline(always)]
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
-        // SAFETY: by the contract.
-        unsafe {
-            let grad = read::<S, T, C>(self.grad.add(at), n);
-            let x = read::<S, T, C>(self.input.add(at), n);
-            let alpha = read::<S, T, C>(self.alpha.add(at), n);
-            let (h, slope) = rectified_sigmoid::<S, C>(alpha);
-            let position = floor::<S, C>(x.div(grid.scale)).add(h);
-            let gradient = grid.gradient(grad, position, slope);
-            write::<S, T, C>(self.grad_alpha.add(at), n, gradient);
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
+        for (at, n) in parts::<N>(at, n) {
+            // SAFETY: by the contract.
+            unsafe {
+                let grad = load_up_to::<S, T, C>(self.grad.add(at), n);
+                let x = load_up_to::<S, T, C>(self.input.add(at), n);
+                let alpha = load_up_to::<S, T, C>(self.alpha.add(at), n);
+                let (h, slope) = rectified_sigmoid::<S, C>(alpha);
+                let position = floor::<S, C>(x.div(grid.scale)).add(h);
+                let gradient = grid.gradient(grad, position, slope);
+                store_up_to::<S, T, C>(self.grad_alpha.add(at), n, gradient);
+            }
         }
     }
 }
@@ -367,7 +358,7 @@ impl<T: Element<C>, C: Transcendental> Body for RegularizerSum<T, C> {
         for at in (0..self.len).step_by(LANES) {
             let n = LANES.min(self.len - at);
             // SAFETY: `n` elements from `at` are inside the chunk.
-            let alpha = unsafe { read::<S, T, C>(self.alpha.add(at), n) };
+            let alpha = unsafe { load_up_to::<S, T, C>(self.alpha.add(at), n) };
             let (h, _) = rectified_sigmoid::<S, C>(alpha);
             let term = one.sub(signed_power::<S, C>(h, beta).abs());
             if n == LANES {
@@ -418,7 +409,10 @@ fn regularizer_slope<S: Simd, C: Transcendental>(
     beta: C::V<S>,
 ) -> C::V<S> {
     let power = signed_power::<S, C>(h, beta.sub(number::<S, C>(1.0)));
-    number::<S, C>(0.0).sub(beta.add(beta)).mul(power).mul(slope)
+    number::<S, C>(0.0)
+        .sub(beta.add(beta))
+        .mul(power)
+        .mul(slope)
 }
 
 struct RegularizerBackward<T, C> {
@@ -438,10 +432,10 @@ impl<T: Element<C>, C: Transcendental> Body for RegularizerBackward<T, C> {
             let n = LANES.min(self.len - at);
             // SAFETY: `n` elements from `at` are inside the stretch.
             unsafe {
-                let alpha = read::<S, T, C>(self.alpha.add(at), n);
+                let alpha = load_up_to::<S, T, C>(self.alpha.add(at), n);
                 let (h, slope) = rectified_sigmoid::<S, C>(alpha);
                 let gradient = grad.mul(regularizer_slope::<S, C>(h, slope, beta));
-                write::<S, T, C>(self.grad_alpha.add(at), n, gradient);
+                store_up_to::<S, T, C>(self.grad_alpha.add(at), n, gradient);
             }
         }
     }
@@ -528,36 +522,50 @@ impl<T: Element<C>, C: Transcendental> Lanes<C> for Step<T, C> {
         self.ends
     }
     #[inline(always)]
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
         let t = &self.tensors;
-        // SAFETY: by the contract.
+        let zeros = [<C::V<S>>::splat(C::ZERO); N];
+        let (mut alpha, mut h, mut slope, mut regularizer) = (zeros, zeros, zeros, zeros);
+        let (mut base, places) = (zeros, parts::<N>(at, n));
+        // SAFETY: by the contract, here and below: all places are inside the `n` elements.
         unsafe {
-            let alpha = read::<S, T, C>(t.alpha.add(at), n);
-            let x = read::<S, T, C>(t.input.add(at), n);
-            let grad = read::<S, T, C>(t.grad.add(at), n);
-            let (h, slope) = rectified_sigmoid::<S, C>(alpha);
-            let base = floor::<S, C>(x.div(grid.scale));
-            let mut total = grid.gradient(grad, base.add(h), slope);
-            if self.regularized {
-                let slope = regularizer_slope::<S, C>(h, slope, Vector::splat(self.beta));
-                total = total.add(<C::V<S>>::splat(self.reg_param).mul(slope));
+            for (j, &(at, n)) in places.iter().enumerate() {
+                alpha[j] = load_up_to::<S, T, C>(t.alpha.add(at), n);
+                (h[j], slope[j]) = rectified_sigmoid::<S, C>(alpha[j]);
             }
-            let mean = read::<S, T, C>(t.exp_avg.add(at), n);
-            let mean = number::<S, C>(BETA1)
-                .mul(mean)
-                .add(number::<S, C>(1.0 - BETA1).mul(total));
-            write::<S, T, C>(t.exp_avg.add(at), n, mean);
-            let square = read::<S, T, C>(t.exp_avg_sq.add(at), n);
-            let square = number::<S, C>(BETA2)
-                .mul(square)
-                .add(number::<S, C>(1.0 - BETA2).mul(total.mul(total)));
-            write::<S, T, C>(t.exp_avg_sq.add(at), n, square);
-            let root = square.sqrt().mul(Vector::splat(self.correction));
-            let direction = mean.div(root.add(number::<S, C>(EPSILON)));
-            let alpha = alpha.sub(<C::V<S>>::splat(self.step_size).mul(direction));
-            write::<S, T, C>(t.alpha.add(at), n, alpha);
-            let (h, _) = rectified_sigmoid::<S, C>(alpha);
-            write::<S, T, C>(t.output.add(at), n, grid.value(base.add(h)));
+            if self.regularized {
+                let reg_param = <C::V<S>>::splat(self.reg_param);
+                for j in 0..N {
+                    let slope = regularizer_slope::<S, C>(h[j], slope[j], Vector::splat(self.beta));
+                    regularizer[j] = reg_param.mul(slope);
+                }
+            }
+            for (j, &(at, n)) in places.iter().enumerate() {
+                let x = load_up_to::<S, T, C>(t.input.add(at), n);
+                base[j] = floor::<S, C>(x.div(grid.scale));
+                let grad = load_up_to::<S, T, C>(t.grad.add(at), n);
+                let total = grid
+                    .gradient(grad, base[j].add(h[j]), slope[j])
+                    .add(regularizer[j]);
+                let mean = load_up_to::<S, T, C>(t.exp_avg.add(at), n);
+                let mean = number::<S, C>(BETA1)
+                    .mul(mean)
+                    .add(number::<S, C>(1.0 - BETA1).mul(total));
+                store_up_to::<S, T, C>(t.exp_avg.add(at), n, mean);
+                let square = load_up_to::<S, T, C>(t.exp_avg_sq.add(at), n);
+                let square = number::<S, C>(BETA2)
+                    .mul(square)
+                    .add(number::<S, C>(1.0 - BETA2).mul(total.mul(total)));
+                store_up_to::<S, T, C>(t.exp_avg_sq.add(at), n, square);
+                let root = square.sqrt().mul(Vector::splat(self.correction));
+                let direction = mean.div(root.add(number::<S, C>(EPSILON)));
+                alpha[j] = alpha[j].sub(<C::V<S>>::splat(self.step_size).mul(direction));
+                store_up_to::<S, T, C>(t.alpha.add(at), n, alpha[j]);
+            }
+            for (j, &(at, n)) in places.iter().enumerate() {
+                let (h, _) = rectified_sigmoid::<S, C>(alpha[j]);
+                store_up_to::<S, T, C>(t.output.add(at), n, grid.value(base[j].add(h)));
+            }
         }
     }
 }

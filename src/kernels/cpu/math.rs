@@ -1,9 +1,9 @@
-//! Exponential and logarithm without calls, so that loops over them are vectorized.
+//! Exponential and logarithm of sixteen lanes.
 //!
 //! float32 follows the polynomials of the Cephes library \[moshier1992\] (within two units in the
 //! last place), the same operations on every instruction set; float64 is the standard library's.
 
-use super::element::{Compute, LANES};
+use super::element::Compute;
 use super::isa::Simd;
 use super::vector::Vector;
 
@@ -102,6 +102,7 @@ impl Transcendental for f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::element::LANES;
     use super::super::isa::{dispatch, force, Body, Isa};
     use super::*;
 

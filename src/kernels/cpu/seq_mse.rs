@@ -1,6 +1,6 @@
 //! Reconstruction errors of Sequential MSE: sums along rows, read once, float32 terms in float64 sums.
 
-use super::element::{load, load_part, Compute, Element, LANES};
+use super::element::{load_up_to, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
 use super::parallel::{for_each_range, Shared};
 use super::vector::Vector;
@@ -49,12 +49,7 @@ impl<T> Sum<T> {
                         return zeros;
                     }
                     // SAFETY: `n` elements from `at` are inside the row.
-                    unsafe {
-                        match n {
-                            LANES => load::<S, T, C>(p.add(at)),
-                            _ => load_part::<S, T, C>(p.add(at), n),
-                        }
-                    }
+                    unsafe { load_up_to::<S, T, C>(p.add(at), n) }
                 };
                 sums = sums.add(term(read(self.a), read(self.b)));
             }

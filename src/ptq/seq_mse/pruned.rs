@@ -12,6 +12,7 @@ use super::{InputSymmetry, Loss, Method, Progress, Search, Sums};
 use crate::error::{Error, Result};
 use crate::ops::{quantize_dequantize, range_to_scale_offset, reconstruction_error, row_dot};
 use crate::ptq::linear_map::{compute_kind, LinearMap};
+use std::cmp::Ordering;
 use tch::{Kind, Tensor};
 
 /// Bounds are float32 sums: a candidate is left out only if its bound is larger by this share than the least error.
@@ -115,9 +116,9 @@ impl Found {
     fn most_promising(&self, bounds: &Bounds) -> Vec<(usize, usize)> {
         let left = |encoding: usize| {
             (0..self.losses.len()).filter(move |&candidate| {
-                self.losses[candidate][encoding].is_infinite()
-                    // Also where one of the two is NaN.
-                    && !(bounds.lower[candidate][encoding] > self.best[encoding])
+                let order = bounds.lower[candidate][encoding].partial_cmp(&self.best[encoding]);
+                // Also where one of the two is NaN.
+                self.losses[candidate][encoding].is_infinite() && order != Some(Ordering::Greater)
             })
         };
         let num_encodings = self.best.len();
@@ -407,7 +408,7 @@ impl<'a> OneBlock<'a> {
         let mut change = quantize_dequantize(&rows, &scale, &offset, &quantizer.grid, None)?;
         let _ = change.f_sub_(&rows)?;
         let found = match errors {
-            Errors::ForwardPasses => self.from_forward_passes(&change, &places)?,
+            Errors::ForwardPasses => self.by_forward_passes(&change, &places)?,
             Errors::Sums(sums) => {
                 let change = self.map.matrix(&change)?.f_squeeze_dim(0)?;
                 let mut product = change.f_matmul(&sums.gram.f_squeeze_dim(0)?)?;
@@ -421,7 +422,7 @@ impl<'a> OneBlock<'a> {
         self.per_encoding(&found, &signal.f_index_select(0, &places)?)
     }
 
-    fn from_forward_passes(&self, change: &Tensor, places: &Tensor) -> Result<Tensor> {
+    fn by_forward_passes(&self, change: &Tensor, places: &Tensor) -> Result<Tensor> {
         let mut errors = self.zeros(&places.size())?;
         self.pieces.for_each(|piece| {
             let target = match piece.get(1) {
