@@ -492,6 +492,26 @@ def test_the_weight_of_a_functional_layer_is_quantized() -> None:
         assert torch.equal(sim.model(tokens), output)
 
 
+def test_modules_that_were_given_nothing_pass_nothing_on() -> None:
+    """As the mask head of a detector that finds no objects in the calibration data."""
+
+    class Detects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(2, 2), nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            return self.head(y[x[:, 0] > 100])
+
+    x = torch.randn(4, 2)
+    sim = QuantizationSimModel(Detects(), x)
+    sim.compute_encodings(lambda m: m(x))
+    assert sim.model(x).shape == (0, 3)
+    with pytest.raises(RuntimeError, match="head.output_quantizers.0.*before its range was set"):
+        sim.model(torch.full((1, 2), 1e3))
+
+
 # Files
 
 
