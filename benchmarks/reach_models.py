@@ -301,6 +301,13 @@ _WITHOUT_CACHE = frozenset(
     )
 ) | {"GPT2LMHeadModel", "T5ForConditionalGeneration", "BartModel", "MarianModel", "M2M100Model"}
 
+_PAIRS["SwitchTransformersForConditionalGeneration"] |= {
+    "num_decoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+    "num_sparse_encoder_layers": 1,
+    "num_experts": 2,
+}
+
 _PATCHES = {**_SMALL, "image_size": 32, "patch_size": 4}
 _STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 _WINDOWS = {

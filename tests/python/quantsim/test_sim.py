@@ -20,6 +20,7 @@ import pytest
 import rimet
 import torch
 from rimet.common.defs import QuantizationDataType, QuantScheme
+from rimet.common.quant_utils import get_conv_accum_bounds
 from rimet.nn import QuantizationMixin, UnknownModuleError
 from rimet.nn.modules import custom
 from rimet.quantization import encoding_analyzer
@@ -850,13 +851,20 @@ def test_configuration_errors(
 
 
 def test_accumulator_overflow() -> None:
-    model = nn.Sequential(nn.Linear(100, 1), nn.Linear(1, 1))
+    model = nn.Sequential(nn.Conv2d(50, 2, (1, 2)), nn.Linear(1, 1), nn.ReLU())
     with torch.no_grad():
-        model[0].weight.fill_(1.0)
+        model[0].weight.fill_(0.9)
+        model[0].weight[1, 10:] = -1.0
         model[1].weight.fill_(1.0)
     name, used = check_accumulator_overflow(model, 8, 23)
-    assert name == "0"
-    assert used == pytest.approx(100 * 100 * 127 * 255 / 2**22)
+    # 255 steps from -1 to 1: 0.9 is 115 of them. The second channel has 80 weights of -1, which are
+    # -127.5 steps, to even: -128.
+    assert (name, used) == ("0", pytest.approx(255 * max(100 * 115, 80 * 128) / 2**22))
+    assert check_accumulator_overflow(nn.ReLU(), 8, 23) == (None, 0.0)
+    weight = model[0].weight.detach().numpy()
+    assert get_conv_accum_bounds(weight, 8, 23)[0] is False
+    assert get_conv_accum_bounds(weight, 8, 22)[0] is True
+    assert get_conv_accum_bounds(0 * weight, 8, 22) == (False, 0.0)
 
 
 def test_an_uncalibrated_forward_names_the_quantizer() -> None:
