@@ -212,7 +212,7 @@ def _computes_size(args: tuple[Any, ...]) -> bool:
 def _is_size(tensor: Tensor) -> bool:
     if tensor.dim():
         return False
-    pending, is_size = [torch._C._get_value_trace(tensor)], False
+    pending, is_size = [torch._C._get_value_trace(tensor)], False  # type: ignore[attr-defined]
     while pending:
         node = pending.pop().node()
         if node.kind() == "prim::NumToTensor":
