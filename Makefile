@@ -78,7 +78,10 @@ sanitize: $(VENV)/.installed ## AddressSanitizer over the tests of kernels and e
 	$(WITH_TORCH) RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 \
 		cargo test --release --locked --quiet --lib --target $(HOST) --target-dir target/sanitize -- kernels encoding
 
+# OpenMP's threads wait for work by spinning: on a machine that others use, too, tests of small tensors then
+# take twenty times as long.
 .PHONY: test-python
+test-python: export GOMP_SPINCOUNT := 0
 test-python: build library ## the package's tests
 	$(BIN)/python -m pytest -q
 

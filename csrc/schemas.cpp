@@ -27,6 +27,8 @@ const char* const kSchemas[] = {
     " float zero_point_shift=0., int[]? block_size=None) -> Tensor",
     "quantize_dequantize_range(Tensor input, Tensor min, Tensor max, int qmin, int qmax,"
     " bool symmetric, float zero_point_shift=0., int[]? block_size=None) -> Tensor",
+    "quantize_dequantize_range_(Tensor(a!) input, Tensor min, Tensor max, int qmin, int qmax,"
+    " bool symmetric, float zero_point_shift=0., int[]? block_size=None) -> ()",
     "range_to_scale_offset(Tensor min, Tensor max, int qmin, int qmax, bool symmetric)"
     " -> (Tensor scale, Tensor offset)",
     "min_max(Tensor input, int[] shape, int[]? block_size=None) -> (Tensor min, Tensor max)",
@@ -140,7 +142,7 @@ void register_all() {
     auto& autocast = library(torch::Library::IMPL, key);
     for (const char* name :
          {"quantize", "dequantize", "quantize_dequantize", "quantize_dequantize_range",
-          "float_quantize", "float_quantize_dequantize"}) {
+          "quantize_dequantize_range_", "float_quantize", "float_quantize_dequantize"}) {
       autocast.impl(name, torch::CppFunction::makeFallthrough());
     }
   }

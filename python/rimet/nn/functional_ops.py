@@ -29,7 +29,7 @@ from rimet.common.torch_functions import canonical_name
 from rimet.nn.base import BaseQuantizationMixin
 from rimet.nn.derived import Derived, derive
 from rimet.nn.nested import map_arguments, map_results
-from rimet.nn.slots import quantize
+from rimet.nn.slots import quantize, quantize_fresh
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,15 @@ _mode_at = torch._C._get_function_stack_at
 _push_mode = torch._C._push_on_torch_function_stack
 _pop_mode = torch._C._pop_torch_function_stack
 _get_tracing_state = torch._C._get_tracing_state
+
+
+#: Functions of single tensors that return one torch has just allocated, or else (activations told
+#: to work in place) one of their arguments: the output quantizer may write into it.
+_FRESH = frozenset(
+    "add sub mul div matmul bmm linear conv1d conv2d conv3d relu relu6 gelu silu sigmoid tanh "
+    "softmax hardswish hardsigmoid leaky_relu elu layer_norm group_norm batch_norm rms_norm "
+    "scaled_dot_product_attention".split()
+)
 
 
 class FunctionalOp(BaseQuantizationMixin, nn.Module):
@@ -92,6 +101,11 @@ class FunctionalOp(BaseQuantizationMixin, nn.Module):
         if self.in_place:  # `out`, with which there are no gradients
             return outcome.copy_(self._quantize_result(0, outcome))
         if type(outcome) is Tensor:
+            if self.function in _FRESH:
+                quantizer = self._modules["output_quantizers"]._modules.get("0")
+                if quantizer is None:
+                    return outcome
+                return quantize_fresh(self, quantizer, outcome, (*args, *kwargs.values()))
             return self._quantize_result(0, outcome)
         return map_results(self._quantize_result, outcome)
 
