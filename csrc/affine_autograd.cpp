@@ -129,6 +129,9 @@ struct RangeToScaleOffset : torch::autograd::Function<RangeToScaleOffset> {
     context->saved_data["qmax"] = qmax;
     context->saved_data["symmetric"] = symmetric;
     auto [scale, offset] = op().call(min, max, qmin, qmax, symmetric);
+    if (symmetric) {
+      context->mark_non_differentiable({offset});  // a constant
+    }
     return {scale, offset};
   }
 
