@@ -102,6 +102,7 @@ void register_all() {
   // Where no CUDA kernel can be had, these go on with tensor ops themselves.
   auto& cuda = library(torch::Library::IMPL, c10::DispatchKey::CUDA);
   register_affine_cuda(cuda);
+  register_float_cuda(cuda);
   register_min_max_cuda(cuda);
 
   // Devices without kernels of their own take plain tensor ops.

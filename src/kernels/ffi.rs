@@ -3,7 +3,7 @@
 //! Every function answers a status; the message of a failure is kept per thread for
 //! `rimet_last_error`. No panic crosses.
 
-use super::cpu::affine::{self, Encodings};
+use super::cpu::affine::{self, AffineOp, Encodings};
 use super::cpu::{self, elementwise, isa, Compute, Element, ScaleOffsetGradients};
 use crate::encoding::{AffineGrid, BlockGeometry};
 use crate::error::{Error, Result};
@@ -12,7 +12,7 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-mod float;
+pub(super) mod float;
 mod grouped_block;
 
 /// Status codes of the boundary.
@@ -116,6 +116,20 @@ macro_rules! for_types {
     };
 }
 use for_types;
+
+/// Evaluates an expression with `$c` as the compute type.
+macro_rules! for_compute {
+    ($double:expr, $c:ident => $body:expr) => {
+        if $double {
+            type $c = f64;
+            $body
+        } else {
+            type $c = f32;
+            $body
+        }
+    };
+}
+pub(super) use for_compute;
 
 mod ptq;
 
@@ -330,31 +344,57 @@ unsafe fn backward<T: Element<C>, C: Compute>(
     grad_first: *mut c_void,
     grad_second: *mut c_void,
 ) -> Result<()> {
-    let grid = affine.grid()?;
-    let backward = match affine.op {
-        0 => affine::backward::<affine::Quantize, T, C>,
-        1 => affine::backward::<affine::Dequantize, T, C>,
-        _ => affine::backward::<affine::QuantizeDequantize, T, C>,
-    };
-    let (g, x) = (grad.cast(), input.data.cast_const().cast());
-    let outgoing = [grad_first.cast::<C>(), grad_second.cast()];
-    // SAFETY: by the contract of the callers; `first`, `second` and the results of their gradients hold one
-    // element for each group.
-    unsafe {
-        let geometry = affine.geometry(input)?;
-        let n = geometry.num_groups();
-        let sums = affine.with_encodings::<C, _>(&grid, n, |encodings| {
-            backward(&geometry, encodings, &grid, g, x, grad_input.cast())
-        });
-        if affine.is_range == 0 {
-            elementwise::write_sums::<C, 2>(&sums, outgoing);
-            return Ok(());
+    /// The first `N` gradients of an op's encodings, from the kernel to their places.
+    ///
+    /// # Safety
+    /// As for the caller.
+    unsafe fn write<O: AffineOp, T: Element<C>, C: Compute, const N: usize>(
+        affine: &Affine,
+        input: &View,
+        (grad, grad_input): (*const c_void, *mut c_void),
+        [first, second]: [*mut C; 2],
+    ) -> Result<()> {
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        let (g, x) = (grad.cast::<T>(), input.data.cast_const().cast());
+        // SAFETY: by the contract; `first`, `second` and the places of their gradients hold one element for
+        // each group.
+        unsafe {
+            let geometry = affine.geometry(input)?;
+            let n = geometry.num_groups();
+            let sums: Vec<[f64; N]> = affine.with_encodings::<C, _>(&grid, n, |encodings| {
+                affine::backward::<O, T, C, N>(&geometry, encodings, &grid, g, x, grad_input.cast())
+            });
+            if affine.is_range == 0 {
+                elementwise::write_sums(&sums, &[first, second]);
+            } else {
+                let (min, max) = (slice(affine.first, n), slice(affine.second, n));
+                let sums = ScaleOffsetGradients::Sums(&sums);
+                let places = [first, second];
+                cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, sums, places);
+            }
         }
-        let (min, max) = (slice(affine.first, n), slice(affine.second, n));
-        let (incoming, symmetric) = (ScaleOffsetGradients::Sums(&sums), affine.symmetric != 0);
-        cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
+        Ok(())
     }
-    Ok(())
+    let (gradients, places) = ((grad, grad_input), [grad_first.cast(), grad_second.cast()]);
+    // Symmetric ranges have a constant offset.
+    let offset_too = if affine.is_range == 0 {
+        !grad_second.is_null()
+    } else {
+        affine.symmetric == 0
+    };
+    // SAFETY: handed on.
+    unsafe {
+        match (affine.op, offset_too) {
+            (0, _) => write::<affine::Quantize, T, C, 2>(affine, input, gradients, places),
+            (1, _) => write::<affine::Dequantize, T, C, 2>(affine, input, gradients, places),
+            (_, true) => {
+                write::<affine::QuantizeDequantize, T, C, 2>(affine, input, gradients, places)
+            }
+            (_, false) => {
+                write::<affine::QuantizeDequantize, T, C, 1>(affine, input, gradients, places)
+            }
+        }
+    }
 }
 
 /// The gradients of `rimet_affine_forward`. Null pointers stand for gradients that are not wanted.
@@ -408,29 +448,16 @@ pub unsafe extern "C" fn rimet_range_to_scale_offset(
     scale: *mut c_void,
     offset: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute>(
-        affine: &Affine,
-        n: usize,
-        scale: *mut c_void,
-        offset: *mut c_void,
-    ) -> Result<()> {
+    // SAFETY: by the contract; every array holds `n` elements.
+    status(|| unsafe {
+        let (affine, n) = (&*affine, n as usize);
         let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
-        // SAFETY: by the contract; every array holds `n` elements.
-        unsafe {
+        for_compute!(affine.double_compute != 0, C => {
             let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
             let (scale, offset) = (slice_mut(scale, n), slice_mut(offset, n));
             cpu::range_to_scale_offset(min, max, &grid, symmetric, scale, offset);
-        }
+        });
         Ok(())
-    }
-    // SAFETY: by the contract.
-    status(|| unsafe {
-        let affine = &*affine;
-        if affine.double_compute != 0 {
-            write::<f64>(affine, n as usize, scale, offset)
-        } else {
-            write::<f32>(affine, n as usize, scale, offset)
-        }
     })
 }
 
@@ -447,32 +474,18 @@ pub unsafe extern "C" fn rimet_range_to_scale_offset_backward(
     grad_min: *mut c_void,
     grad_max: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute>(
-        affine: &Affine,
-        n: usize,
-        incoming: [*const c_void; 2],
-        outgoing: [*mut c_void; 2],
-    ) -> Result<()> {
-        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
-        // SAFETY: by the contract; every array holds `n` elements.
-        unsafe {
-            let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
-            let [scale, offset] = incoming.map(|gradient| slice(gradient, n));
-            let incoming = ScaleOffsetGradients::Arrays(scale, offset);
-            let outgoing = outgoing.map(<*mut c_void>::cast);
-            cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
-        }
-        Ok(())
-    }
-    // SAFETY: by the contract.
+    // SAFETY: by the contract; every array holds `n` elements.
     status(|| unsafe {
-        let affine = &*affine;
-        let (incoming, outgoing) = ([grad_scale, grad_offset], [grad_min, grad_max]);
-        if affine.double_compute != 0 {
-            write::<f64>(affine, n as usize, incoming, outgoing)
-        } else {
-            write::<f32>(affine, n as usize, incoming, outgoing)
-        }
+        let (affine, n) = (&*affine, n as usize);
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        for_compute!(affine.double_compute != 0, C => {
+            let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
+            let incoming =
+                ScaleOffsetGradients::<C, 2>::Arrays(slice(grad_scale, n), slice(grad_offset, n));
+            let outgoing = [grad_min.cast(), grad_max.cast()];
+            cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
+        });
+        Ok(())
     })
 }
 

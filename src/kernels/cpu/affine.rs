@@ -213,7 +213,8 @@ pub unsafe fn forward<O: AffineOp, T: Element<C>, C: Compute>(
 }
 
 /// The gradients of `O`: writes that of the input (unless `grad_input` is null) and returns those of
-/// scale and offset, per encoding, summed as in [`elementwise::backward`].
+/// scale and offset (`N` = 2) or of the scale alone (1), per encoding, summed as in
+/// [`elementwise::backward`].
 ///
 /// # Safety
 /// `grad` and `input` are valid for reads, `grad_input` (if not null) for writes of
@@ -221,14 +222,14 @@ pub unsafe fn forward<O: AffineOp, T: Element<C>, C: Compute>(
 ///
 /// # Panics
 /// If `encodings` have not `geometry.num_groups()` elements.
-pub unsafe fn backward<O: AffineOp, T: Element<C>, C: Compute>(
+pub unsafe fn backward<O: AffineOp, T: Element<C>, C: Compute, const N: usize>(
     geometry: &BlockGeometry,
     encodings: Encodings<'_, C>,
     grid: &AffineGrid,
     grad: *const T,
     input: *const T,
     grad_input: *mut T,
-) -> Vec<[f64; 2]> {
+) -> Vec<[f64; N]> {
     let (function, parameters) = (OnGrid::<O, C>::new(grid), encodings.parameters());
     // SAFETY: handed on.
     unsafe { elementwise::backward(geometry, function, parameters, grad, input, grad_input) }

@@ -275,7 +275,8 @@ pub unsafe fn forward<F: Function<C, P>, T: Element<C>, C: Compute, const P: usi
     });
 }
 
-struct Backward<'a, F, T, C, const P: usize> {
+/// `N`: how many parameters' gradients are wanted, the first ones.
+struct Backward<'a, F, T, C, const P: usize, const N: usize> {
     function: F,
     parameters: Parameters<'a, C, P>,
     grad: *const T,
@@ -286,12 +287,26 @@ struct Backward<'a, F, T, C, const P: usize> {
 }
 
 // SAFETY: `grad` and `input` are only read; `grad_input` is written in disjoint stretches.
-unsafe impl<F: Sync, T: Sync, C: Sync, const P: usize> Sync for Backward<'_, F, T, C, P> {}
+unsafe impl<F: Sync, T: Sync, C: Sync, const P: usize, const N: usize> Sync
+    for Backward<'_, F, T, C, P, N>
+{
+}
 
 /// Elements whose float32 sums are kept in the lanes before they are added up in float64.
 const LANE_SUM: usize = 4096;
 
-impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Backward<'_, F, T, C, P> {
+/// The first `N` of `P`.
+#[inline(always)]
+fn first<V: Copy, const P: usize, const N: usize>(all: [V; P]) -> [V; N] {
+    std::array::from_fn(
+        #[inline(always)]
+        |k| all[k],
+    )
+}
+
+impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize, const N: usize>
+    Backward<'_, F, T, C, P, N>
+{
     /// Gradients of the parameters of sixteen elements; writes those of the input if `INPUT`.
     ///
     /// # Safety
@@ -302,7 +317,7 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Backward<'_, 
         at: usize,
         parameters: [C::V<S>; P],
         constants: &F::Constants<S>,
-    ) -> [C::V<S>; P] {
+    ) -> [C::V<S>; N] {
         // SAFETY: by the contract.
         unsafe {
             let g = load::<S, T, C>(self.grad.add(at));
@@ -311,7 +326,7 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Backward<'_, 
             if INPUT {
                 store::<S, T, C, STREAM>(self.grad_input.add(at), input);
             }
-            terms
+            first(terms)
         }
     }
 
@@ -326,16 +341,16 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Backward<'_, 
         n: usize,
         parameters: [C::V<S>; P],
         constants: &F::Constants<S>,
-    ) -> [C::V<S>; P] {
+    ) -> [C::V<S>; N] {
         // SAFETY: by the contract.
-        let mut terms = unsafe {
+        let mut terms: [C::V<S>; N] = unsafe {
             let g = load_part::<S, T, C>(self.grad.add(at), n);
             let x = load_part::<S, T, C>(self.input.add(at), n);
             let (input, terms) = F::gradient(g, x, parameters, constants);
             if !self.grad_input.is_null() {
                 store_part::<S, T, C>(self.grad_input.add(at), n, input);
             }
-            terms
+            first(terms)
         };
         for terms in &mut terms {
             let mut values = terms.to_array();
@@ -355,13 +370,13 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Backward<'_, 
         len: usize,
         group: usize,
         constants: &F::Constants<S>,
-    ) -> [f64; P] {
+    ) -> [f64; N] {
         let parameters = shared::<S, C, P>(self.parameters, group);
-        let mut total = [0.0; P];
+        let mut total = [0.0; N];
         let (mut at, end) = (start, start + len);
         while at < end {
             let stop = end.min(at + LANE_SUM);
-            let mut sums = [<C::V<S>>::splat(C::ZERO); P];
+            let mut sums = [<C::V<S>>::splat(C::ZERO); N];
             // SAFETY: all blocks and parts are inside the run; streamed ones are aligned.
             unsafe {
                 while at + LANES <= stop {
@@ -387,10 +402,10 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Backward<'_, 
     }
 }
 
-impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
-    for Backward<'_, F, T, C, P>
+impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize, const N: usize> Reduction
+    for Backward<'_, F, T, C, P, N>
 {
-    type Partial = [f64; P];
+    type Partial = [f64; N];
     type Constants<S: Simd> = F::Constants<S>;
 
     #[inline(always)]
@@ -398,12 +413,12 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
         self.function.constants::<S>()
     }
 
-    fn identity(&self) -> [f64; P] {
-        [0.0; P]
+    fn identity(&self) -> [f64; N] {
+        [0.0; N]
     }
 
     #[inline(always)]
-    fn combine(into: &mut [f64; P], from: [f64; P]) {
+    fn combine(into: &mut [f64; N], from: [f64; N]) {
         for (into, from) in into.iter_mut().zip(from) {
             *into += from;
         }
@@ -416,7 +431,7 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
         len: usize,
         group: usize,
         constants: &F::Constants<S>,
-    ) -> [f64; P] {
+    ) -> [f64; N] {
         // SAFETY: handed on. A run that is not aligned for streaming (sums always begin with whole
         // blocks, so that their order does not depend on the address) is written through the cache.
         unsafe {
@@ -435,7 +450,7 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
         &self,
         start: usize,
         groups: &[usize],
-        partials: &mut [[f64; P]],
+        partials: &mut [[f64; N]],
         constants: &F::Constants<S>,
     ) {
         let mut i = 0;
@@ -471,11 +486,11 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
                     self.block::<S, true, false>(start + i, parameters, constants)
                 }
             };
-            let mut values = [[C::ZERO; LANES]; P];
+            let mut values = [[C::ZERO; LANES]; N];
             for (values, terms) in values.iter_mut().zip(terms) {
                 *values = terms.to_array();
             }
-            let add = |partial: &mut [f64; P], j: usize| {
+            let add = |partial: &mut [f64; N], j: usize| {
                 for (sum, values) in partial.iter_mut().zip(&values) {
                     *sum += values[j].to_f64();
                 }
@@ -502,8 +517,8 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
 }
 
 /// The gradients of `function`: writes that of the input (unless `grad_input` is null) and returns those of
-/// the parameters, per encoding, summed in float32 over at most 256 elements a lane and in float64
-/// beyond.
+/// the first `N` parameters, per encoding, summed in float32 over at most 256 elements a lane and in
+/// float64 beyond.
 ///
 /// # Safety
 /// `grad` and `input` are valid for reads, `grad_input` (if not null) for writes of
@@ -511,18 +526,24 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize> Reduction
 ///
 /// # Panics
 /// If a parameter has not `geometry.num_groups()` elements.
-pub unsafe fn backward<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize>(
+pub unsafe fn backward<
+    F: Function<C, P>,
+    T: Element<C>,
+    C: Compute,
+    const P: usize,
+    const N: usize,
+>(
     geometry: &BlockGeometry,
     function: F,
     parameters: Parameters<'_, C, P>,
     grad: *const T,
     input: *const T,
     grad_input: *mut T,
-) -> Vec<[f64; P]> {
+) -> Vec<[f64; N]> {
     assert_lengths(geometry, parameters);
     reduce(
         geometry,
-        &Backward {
+        &Backward::<F, T, C, P, N> {
             function,
             parameters,
             grad,
@@ -536,22 +557,22 @@ pub unsafe fn backward<F: Function<C, P>, T: Element<C>, C: Compute, const P: us
 /// Encodings below which no second thread is worth waking to write their sums.
 const SUMS_GRAIN: usize = 16_384;
 
-/// Writes each parameter's sums to its place; null: not wanted.
+/// Writes each parameter's sums to its place; null: not wanted. Places beyond the sums are left alone.
 ///
 /// # Safety
 /// The places are null or valid for writes of `sums.len()` elements.
-pub unsafe fn write_sums<C: Compute, const P: usize>(sums: &[[f64; P]], places: [*mut C; P]) {
-    let places = places.map(Shared);
-    for_each_range(sums.len(), SUMS_GRAIN, |range| {
-        let places = &places;
-        for (k, place) in places.iter().enumerate() {
-            if place.0.is_null() {
-                continue;
-            }
-            for i in range.clone() {
+pub unsafe fn write_sums<C: Compute, const N: usize>(sums: &[[f64; N]], places: &[*mut C]) {
+    for (k, &place) in places.iter().enumerate().take(N) {
+        if place.is_null() {
+            continue;
+        }
+        let place = Shared(place);
+        for_each_range(sums.len(), SUMS_GRAIN, |range| {
+            let place = &place;
+            for i in range {
                 // SAFETY: by the contract; each thread has its own.
                 unsafe { place.0.add(i).write(C::from_f64(sums[i][k])) };
             }
-        }
-    });
+        });
+    }
 }

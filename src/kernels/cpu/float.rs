@@ -10,11 +10,11 @@ use super::vector::Vector;
 use crate::encoding::{BlockGeometry, FloatFormat};
 use std::marker::PhantomData;
 
-/// A format's constants in the kernel's precision: in one lane (`V = C`) or in sixteen.
+/// A format's constants in the kernel's precision: in one lane (`V = C`) or in sixteen. With `V = C` the CUDA
+/// kernels' argument too: twin of `Rounding` in `csrc/cuda/float.cu`.
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Rounding<V> {
-    /// Bits of the compute type's mantissa that the format has not.
-    dropped: u32,
     /// What carries into the kept bits from just over half of the dropped ones on.
     below_half: V,
     /// The kept bits, without the sign.
@@ -29,10 +29,13 @@ pub struct Rounding<V> {
     max: V,
     /// What to add to make a negative zero positive (0), or to change nothing (-0).
     zero: V,
+    /// Bits of the compute type's mantissa that the format has not.
+    dropped: u32,
 }
 
 impl<C: Compute> Rounding<C> {
-    fn new(format: &FloatFormat) -> Self {
+    /// The constants of `format`, whose values `C` holds.
+    pub fn new(format: &FloatFormat) -> Self {
         let dropped = C::MANTISSA_BITS - format.mantissa_bits();
         let power = |exponent: i32| {
             C::from_f64(f64::from_bits(

@@ -116,7 +116,7 @@ pub fn backward<C: Compute>(
     let groups = Groups::new(geometry, levels, scale)?;
     // SAFETY: the slices have `numel` elements, and `output` overlaps none of the others.
     let sums = unsafe {
-        affine::backward::<QuantizeDequantize, C, C>(
+        affine::backward::<QuantizeDequantize, C, C, 1>(
             geometry,
             groups.encodings(),
             &groups.grid,

@@ -150,25 +150,26 @@ pub fn range_to_scale_offset<C: Compute>(
     });
 }
 
-/// Gradients of scale and offset, one for each range.
+/// Gradients of scale and offset (`N` = 2), or of the scale alone (1), one for each range.
 #[derive(Clone, Copy)]
-pub enum ScaleOffsetGradients<'a, C> {
+pub enum ScaleOffsetGradients<'a, C, const N: usize> {
     /// As a backward pass sums them.
-    Sums(&'a [[f64; 2]]),
+    Sums(&'a [[f64; N]]),
     /// As arrays.
     Arrays(&'a [C], &'a [C]),
 }
 
-impl<C: Compute> ScaleOffsetGradients<'_, C> {
+impl<C: Compute, const N: usize> ScaleOffsetGradients<'_, C, N> {
     /// Those of sixteen ranges from `at` on; zero beyond the last.
     #[inline(always)]
     fn lanes<S: Simd>(&self, at: usize) -> [<f64 as Compute>::V<S>; 2] {
         match self {
             Self::Sums(sums) => {
                 let mut lanes = [[0.0; LANES]; 2];
-                for (j, [scale, offset]) in sums[at..].iter().take(LANES).enumerate() {
-                    lanes[0][j] = *scale;
-                    lanes[1][j] = *offset;
+                for (j, sums) in sums[at..].iter().take(LANES).enumerate() {
+                    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+                        lanes[j] = *sum;
+                    }
                 }
                 lanes.map(Vector::from_array)
             }
@@ -182,16 +183,16 @@ impl<C: Compute> ScaleOffsetGradients<'_, C> {
 }
 
 /// The chain rule from scale and offset to min and max, of the ranges in `range`.
-struct ToRange<'a, C> {
+struct ToRange<'a, C, const N: usize> {
     rule: RangeRule<C>,
     min: &'a [C],
     max: &'a [C],
-    grad: ScaleOffsetGradients<'a, C>,
+    grad: ScaleOffsetGradients<'a, C, N>,
     grad_range: [Shared<C>; 2],
     range: Range<usize>,
 }
 
-impl<C: Compute> Body for ToRange<'_, C> {
+impl<C: Compute, const N: usize> Body for ToRange<'_, C, N> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
@@ -254,19 +255,20 @@ impl<C: Compute> Body for ToRange<'_, C> {
     }
 }
 
-/// Writes the gradients of min and max to the two places of `grad_range`; null: not wanted.
+/// Writes the gradients of min and max to the two places of `grad_range`; null: not wanted. The offset of
+/// symmetric ranges is a constant, whose gradient is not looked at.
 ///
 /// # Safety
 /// The places of `grad_range` are null or valid for writes of `min.len()` elements.
 ///
 /// # Panics
-/// If `max` or the gradients are not as many as `min`.
-pub unsafe fn range_to_scale_offset_backward<C: Compute>(
+/// If `max` or the gradients are not as many as `min`, or the offset's are missing.
+pub unsafe fn range_to_scale_offset_backward<C: Compute, const N: usize>(
     min: &[C],
     max: &[C],
     grid: &AffineGrid,
     symmetric: bool,
-    grad: ScaleOffsetGradients<'_, C>,
+    grad: ScaleOffsetGradients<'_, C, N>,
     grad_range: [*mut C; 2],
 ) {
     let rule = RangeRule::<C>::new(grid, symmetric);
@@ -276,6 +278,7 @@ pub unsafe fn range_to_scale_offset_backward<C: Compute>(
         ScaleOffsetGradients::Arrays(scale, offset) => scale.len() == n && offset.len() == n,
     });
     assert_eq!(max.len(), n);
+    assert!(symmetric || N == 2);
     let grad_range = grad_range.map(Shared);
     for_each_range(n, GRAIN, |range| {
         let grad_range = &grad_range;

@@ -368,23 +368,32 @@ fn check_affine<O: Reference, T: Stored<C>, C: Compute>(case: &Case) -> Result<(
             O::value_of(x, s, o, &grid)
         })?;
 
+        let (g, x) = (
+            data.grad.elements().as_ptr(),
+            data.input.elements().as_ptr(),
+        );
         let mut grad_input = data.output();
+        let mut scale_only = data.output();
         // SAFETY: as above.
-        let sums = unsafe {
-            affine::backward::<O, T, C>(
-                &data.geometry,
-                encodings,
-                &grid,
-                data.grad.elements().as_ptr(),
-                data.input.elements().as_ptr(),
-                grad_input.elements_mut().as_mut_ptr(),
-            )
+        let (sums, scale_sums) = unsafe {
+            let gx = grad_input.elements_mut().as_mut_ptr();
+            let sums = affine::backward::<O, T, C, 2>(&data.geometry, encodings, &grid, g, x, gx);
+            let gx = scale_only.elements_mut().as_mut_ptr();
+            let scale_sums =
+                affine::backward::<O, T, C, 1>(&data.geometry, encodings, &grid, g, x, gx);
+            (sums, scale_sums)
         };
         let gradients = |i: usize| {
             let (x, s, o) = at(i);
             O::gradients_of(data.grad.elements()[i].get(), x, s, o, &grid)
         };
         data.compare(&what, &grad_input, |i| gradients(i).0)?;
+        data.compare(&what, &scale_only, |i| gradients(i).0)?;
+        for (both, [alone]) in sums.iter().zip(scale_sums) {
+            // Any NaN is as good as another.
+            let same = both[0] == alone || (both[0].is_nan() && alone.is_nan());
+            prop_assert!(same, "{what}: {} {alone}", both[0]);
+        }
         let (to_scale, to_offset): (Vec<f64>, Vec<f64>) =
             sums.into_iter().map(<(f64, f64)>::from).unzip();
         data.compare_sums(&what, &to_scale, |i| gradients(i).1)?;

@@ -12,7 +12,7 @@ use std::ffi::c_void;
 /// How a tensor is quantized to a format. `scale` is a contiguous array of the compute type.
 #[repr(C)]
 pub struct Float {
-    scale: *const c_void,
+    pub(in super::super) scale: *const c_void,
     encoding: *const i64,
     encoding_ndim: i64,
     block: *const i64,
@@ -23,13 +23,13 @@ pub struct Float {
     finite: i32,
     unsigned_zero: i32,
     /// 0: quantize, 1: quantize-dequantize.
-    dequantize: i32,
+    pub(in super::super) dequantize: i32,
     /// 0: float32, 1: float64.
-    double_compute: i32,
+    pub(in super::super) double_compute: i32,
 }
 
 impl Float {
-    fn format(&self) -> Result<FloatFormat> {
+    pub(in super::super) fn format(&self) -> Result<FloatFormat> {
         FloatFormat::new(
             self.exponent_bits,
             self.mantissa_bits,
@@ -40,7 +40,7 @@ impl Float {
 
     /// # Safety
     /// The pointers are as `csrc/engine.h` says.
-    unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {
+    pub(in super::super) unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {
         // SAFETY: by the contract.
         unsafe {
             let encoding = integers(self.encoding, self.encoding_ndim);
@@ -162,7 +162,7 @@ pub unsafe extern "C" fn rimet_float_backward(
                 input.data.cast::<T>().cast_const(),
                 grad_input.cast(),
             );
-            elementwise::write_sums::<C, 1>(&sums, [grad_scale.cast()]);
+            elementwise::write_sums::<C, 1>(&sums, &[grad_scale.cast()]);
         }
         Ok(())
     }

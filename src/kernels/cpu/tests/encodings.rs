@@ -122,30 +122,35 @@ fn check_range<C: Stored<C> + Compute>(
                 (C::from_f64(to_min), C::from_f64(to_max))
             })
             .unzip();
-        for incoming in [
-            ScaleOffsetGradients::Sums(&sums),
-            ScaleOffsetGradients::Arrays(grad_scale.elements(), grad_offset.elements()),
-        ] {
+        let scale_sums: Vec<[f64; 1]> = sums.iter().map(|&[scale, _]| [scale]).collect();
+        let (min, max) = (min.elements(), max.elements());
+        let (gs, go) = (grad_scale.elements(), grad_offset.elements());
+        let backward = |way: usize, places: [*mut C; 2]| {
+            let sums = ScaleOffsetGradients::Sums(&sums);
+            let scale_sums = ScaleOffsetGradients::Sums(&scale_sums);
+            let arrays = ScaleOffsetGradients::<C, 2>::Arrays(gs, go);
+            // SAFETY: each place is null or has `n` elements.
+            unsafe {
+                match way {
+                    0 => range_to_scale_offset_backward(min, max, grid, symmetric, sums, places),
+                    1 => range_to_scale_offset_backward(min, max, grid, symmetric, arrays, places),
+                    _ => range_to_scale_offset_backward(min, max, grid, true, scale_sums, places),
+                }
+            }
+        };
+        for way in 0..(if symmetric { 3 } else { 2 }) {
             let (mut grad_min, mut grad_max) = (result(), result());
             let places = [
                 grad_min.elements_mut().as_mut_ptr(),
                 grad_max.elements_mut().as_mut_ptr(),
             ];
-            // SAFETY: both have `n` elements.
-            unsafe {
-                let (min, max) = (min.elements(), max.elements());
-                range_to_scale_offset_backward(min, max, grid, symmetric, incoming, places);
-            }
+            backward(way, places);
             same(&what, grad_min.elements(), &expected_min)?;
             same(&what, grad_max.elements(), &expected_max)?;
             // One alone.
             let mut alone = result();
             let places = [std::ptr::null_mut(), alone.elements_mut().as_mut_ptr()];
-            // SAFETY: as above.
-            unsafe {
-                let (min, max) = (min.elements(), max.elements());
-                range_to_scale_offset_backward(min, max, grid, symmetric, incoming, places);
-            }
+            backward(way, places);
             same(&what, alone.elements(), &expected_max)?;
         }
         Ok(())
