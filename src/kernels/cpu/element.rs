@@ -54,6 +54,10 @@ pub trait Compute:
     fn bits_add(self, other: Self) -> Self;
     /// The bits, `n` places lower; `n` is less than their number.
     fn bits_shift_right(self, n: u32) -> Self;
+    /// The bits, `n` places higher; `n` is less than their number.
+    fn bits_shift_left(self, n: u32) -> Self;
+    /// The square root.
+    fn sqrt(self) -> Self;
     /// Whether this is NaN.
     fn is_nan(self) -> bool;
     /// `x` limited to `low..=high`; NaN stays NaN (compare and select, not min/max).
@@ -120,6 +124,14 @@ macro_rules! compute {
             #[inline(always)]
             fn bits_shift_right(self, n: u32) -> Self {
                 $c::from_bits(self.to_bits() >> n)
+            }
+            #[inline(always)]
+            fn bits_shift_left(self, n: u32) -> Self {
+                $c::from_bits(self.to_bits() << n)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                self.sqrt()
             }
             #[inline(always)]
             fn is_nan(self) -> bool {
@@ -316,31 +328,6 @@ pub unsafe fn store_up_to<S: Simd, T: Element<C>, C: Compute>(
             store_part::<S, T, C>(p, n, values);
         }
     }
-}
-
-/// The first `n` of sixteen elements as an array, for arithmetic that [`Vector`] does not have; the other
-/// lanes are zero.
-///
-/// # Safety
-/// `p` is valid for reads of `n.min(16)` elements.
-#[inline(always)]
-pub unsafe fn load_lanes<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> [C; LANES] {
-    // SAFETY: by the contract.
-    unsafe { load_up_to::<S, T, C>(p, n) }.to_array()
-}
-
-/// Writes the first `n` of sixteen values of an array.
-///
-/// # Safety
-/// `p` is valid for writes of `n.min(16)` elements.
-#[inline(always)]
-pub unsafe fn store_lanes<S: Simd, T: Element<C>, C: Compute>(
-    p: *mut T,
-    n: usize,
-    values: &[C; LANES],
-) {
-    // SAFETY: by the contract.
-    unsafe { store_up_to::<S, T, C>(p, n, Vector::from_array(*values)) }
 }
 
 /// Bytes of output from which on it is written past the cache. An ordinary store reads the line it writes

@@ -361,6 +361,9 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             input = _as_plain(input)
             self._observe(input)
             return input
+        if not self._ready and not input.numel() and not self.is_initialized():
+            # Nothing was detected, neither now nor in calibration.
+            return _as_plain(input)
         low, high = self._range()
         if isinstance(input, QuantizedTensorBase):
             input = input.as_subclass(torch.Tensor)
