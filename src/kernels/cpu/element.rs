@@ -163,23 +163,34 @@ macro_rules! each {
     }};
 }
 
-macro_rules! element_by_cast {
-    ($t:ty, $c:ty) => {
-        impl Element<$c> for $t {
+macro_rules! element_itself {
+    ($t:ty) => {
+        impl Element<$t> for $t {
             #[inline(always)]
-            fn widen<S: Simd>(values: &[Self; LANES]) -> [$c; LANES] {
-                each!(values, |v| v as $c)
+            fn widen<S: Simd>(values: &[Self; LANES]) -> [$t; LANES] {
+                *values
             }
             #[inline(always)]
-            fn narrow<S: Simd>(values: &[$c; LANES]) -> [Self; LANES] {
-                each!(values, |v| v as $t)
+            fn narrow<S: Simd>(values: &[$t; LANES]) -> [Self; LANES] {
+                *values
             }
         }
     };
 }
-element_by_cast!(f32, f32);
-element_by_cast!(f64, f64);
-element_by_cast!(f32, f64);
+element_itself!(f32);
+element_itself!(f64);
+
+// By instructions: cast one by one, a vector goes through memory in sixteen pieces.
+impl Element<f64> for f32 {
+    #[inline(always)]
+    fn widen<S: Simd>(values: &[Self; LANES]) -> [f64; LANES] {
+        S::f32_to_f64(values)
+    }
+    #[inline(always)]
+    fn narrow<S: Simd>(values: &[f64; LANES]) -> [Self; LANES] {
+        S::f64_to_f32(values)
+    }
+}
 
 impl Element<f32> for f16 {
     #[inline(always)]
@@ -216,11 +227,11 @@ macro_rules! element_through_f32 {
         impl Element<f64> for $t {
             #[inline(always)]
             fn widen<S: Simd>(values: &[Self; LANES]) -> [f64; LANES] {
-                each!(<$t as Element<f32>>::widen::<S>(values), |v| f64::from(v))
+                S::f32_to_f64(&<$t as Element<f32>>::widen::<S>(values))
             }
             #[inline(always)]
             fn narrow<S: Simd>(values: &[f64; LANES]) -> [Self; LANES] {
-                <$t as Element<f32>>::narrow::<S>(&each!(values, |v| v as f32))
+                <$t as Element<f32>>::narrow::<S>(&S::f64_to_f32(values))
             }
         }
     };
