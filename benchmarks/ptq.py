@@ -137,6 +137,7 @@ def growth(depth: int, size: Size) -> Row:
     """A chain of equal layers against as many layers in chains of ten."""
     width, base = size.pick(256, 8), size.pick(10, 2)
     candidates = size.pick(20, 2)
+    output = Output()
 
     def model(depth: int) -> dict[str, Any]:
         shape = [size.pick(256, 4), width]
@@ -152,6 +153,8 @@ def growth(depth: int, size: Size) -> Row:
         def run() -> None:
             for sim in simulations:
                 apply_seq_mse(sim, batches, candidates, progress=False)
+            if times == 1:
+                output.weights = simulations[0].model
 
         return Timed(run, before)
 
@@ -159,7 +162,7 @@ def growth(depth: int, size: Size) -> Row:
         "model": model(depth),
         "candidates": candidates,
         "lpbq_block": None,
-        "output": str(Output().aimets),
+        "output": str(output.aimets),
     }
     return Row(
         SECTION,
@@ -173,6 +176,7 @@ def growth(depth: int, size: Size) -> Row:
         unit="linear",
         reaches=[Reach("rimet", "linear", 1.5)],
         lasting_turns=3,
+        findings=lambda: errors(model(depth), output),
     )
 
 
