@@ -14,20 +14,30 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 # Whatever AIMET prints must not get between the answers.
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
+import ptq_models  # noqa: E402  (beside this file)
 import torch  # noqa: E402
+from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
 from aimet_torch.quantization import affine, encoding_analyzer  # noqa: E402
 from aimet_torch.quantization.float import FloatQuantizeDequantize  # noqa: E402
+from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
+from aimet_torch.quantsim.config_utils import (  # noqa: E402
+    set_grouped_blockwise_quantization_for_weights,
+)
+from aimet_torch.seq_mse import apply_seq_mse  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 Call = Callable[[], object]
 #: Runs untimed before each timed call, and the timed call.
 Pair = tuple[Call, Call]
+#: The same, and what runs untimed after it.
+Triple = tuple[Call, Call, Call]
 
 
 def _normal(shape: list[int], dtype: str = "float32") -> Tensor:
@@ -165,6 +175,10 @@ def after_conv(channels: int, side: int) -> Pair:
     return before, call
 
 
+def nothing() -> None:
+    pass
+
+
 def analyzer(
     kind: str, shape: list[int], encoding: list[int], bits: int, symmetric: bool, encodings: bool
 ) -> Call:
@@ -180,7 +194,53 @@ def analyzer(
     return call
 
 
-WORKS: dict[str, Callable[..., Call | Pair]] = {
+def seq_mse(model: dict[str, Any], candidates: int, lpbq_block: int | None, output: str) -> Triple:
+    """Sequential MSE of 4-bit weights; the weights on their grids are saved in ``output``."""
+    original, batches = ptq_models.build(**model)
+    state: dict[str, Any] = {}
+
+    def before() -> None:
+        state["sim"] = sim = QuantizationSimModel(
+            original, dummy_input=batches[0], default_param_bw=4
+        )
+        if lpbq_block is not None:
+            set_grouped_blockwise_quantization_for_weights(
+                sim, [torch.nn.Linear], 4, True, 8, lpbq_block
+            )
+
+    def call() -> None:
+        apply_seq_mse(state["sim"], batches, candidates)
+
+    def after() -> None:
+        torch.save(ptq_models.quantized_weights(state["sim"].model), output)
+
+    return before, call, after
+
+
+def adaround(model: dict[str, Any], iterations: int, output: str) -> Triple:
+    """AdaRound of 4-bit weights; the rounded weights are saved in ``output``."""
+    original, batches = ptq_models.build(**model)
+    state: dict[str, Any] = {}
+
+    folder = Path(output).parent / "aimet"
+    folder.mkdir(exist_ok=True)
+
+    def call() -> None:
+        params = AdaroundParameters(batches, len(batches), default_num_iterations=iterations)
+        state["model"] = Adaround.apply_adaround(
+            original, batches[0], params, str(folder), "rounded"
+        )
+
+    def after() -> None:
+        # The weights come soft-rounded; on their grids they are what the documented next steps make.
+        sim = QuantizationSimModel(state["model"], dummy_input=batches[0], default_param_bw=4)
+        sim.set_and_freeze_param_encodings(str(folder / "rounded.encodings"))
+        torch.save(ptq_models.quantized_weights(sim.model), output)
+
+    return nothing, call, after
+
+
+WORKS: dict[str, Callable[..., Call | Pair | Triple]] = {
     "qdq": qdq,
     "module": module,
     "grouped_block": grouped_block,
@@ -189,11 +249,13 @@ WORKS: dict[str, Callable[..., Call | Pair]] = {
     "dequantize": dequantize,
     "after_conv": after_conv,
     "analyzer": analyzer,
+    "seq_mse": seq_mse,
+    "adaround": adaround,
 }
 
 
 def main() -> None:
-    built: dict[int, tuple[Call | None, Call]] = {}
+    built: dict[int, tuple[Call | None, Call, Call]] = {}
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         what = request["do"]
@@ -204,13 +266,16 @@ def main() -> None:
         if what == "build":
             work = WORKS[request["work"]](**request["parameters"])
             handle = max(built, default=0) + 1
-            built[handle] = work if isinstance(work, tuple) else (None, work)
+            before, run, after = (
+                (*work, nothing)[:3] if isinstance(work, tuple) else (None, work, nothing)
+            )
+            built[handle] = before, run, after
             return {"handle": handle}
         if what == "release":
             del built[request["handle"]]
             gc.collect()
             return {}
-        before, run = built[request["handle"]]
+        before, run, after = built[request["handle"]]
         inner = request["inner"]
         if before is not None:
             before()
@@ -218,7 +283,9 @@ def main() -> None:
         start = time.perf_counter()
         for _ in range(inner):
             run()
-        return {"seconds": (time.perf_counter() - start) / inner}
+        seconds = (time.perf_counter() - start) / inner
+        after()
+        return {"seconds": seconds}
 
     for line in sys.stdin:
         try:

@@ -95,6 +95,16 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something else that was found out of the work that was timed: a quality, a memory."""
+
+    label: str
+    value: float
+    #: Whether a goal is reached; None: there is none.
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One piece of work and everybody who does it. The first contestant is the one being judged."""
 
@@ -107,6 +117,10 @@ class Row:
     reaches: Sequence[Reach] = ()
     #: Multiplies the number of turns: for rows whose samples are single short calls.
     more_turns: int = 1
+    #: Calls take seconds: so many turns at most, without calls to warm up.
+    lasting_turns: int | None = None
+    #: Asked once all is timed.
+    findings: Callable[[], Sequence[Finding]] | None = None
 
 
 @dataclass
@@ -143,12 +157,15 @@ def measure(row: Row, size: Size, peer: Peer | None) -> dict[str, Timing]:
             timed = built if isinstance(built, Timed) else Timed(built)
             samplers.append((contestant.name, timed.sample))
 
-    inner: dict[str, int] = {}
-    for name, sample in samplers:
+    inner = {name: 1 for name, _ in samplers}
+    for name, sample in samplers if row.lasting_turns is None else ():
         sample(1)
         once = min(sample(1) for _ in range(1 if size.toy else 3))
         inner[name] = 1 if size.toy else max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
 
+    turns = size.turns * row.more_turns
+    if row.lasting_turns is not None:
+        turns = min(size.turns, row.lasting_turns)
     medians: dict[str, list[tuple[float, float, float]]] = {name: [] for name, _ in samplers}
     fastest = {name: math.inf for name, _ in samplers}
     enabled = gc.isenabled()
@@ -156,13 +173,14 @@ def measure(row: Row, size: Size, peer: Peer | None) -> dict[str, Timing]:
     try:
         for _ in range(size.runs):
             samples: dict[str, list[float]] = {name: [] for name, _ in samplers}
-            for _ in range(size.turns * (1 if size.toy else row.more_turns)):
+            for _ in range(size.turns if size.toy else turns):
                 for name, sample in samplers:
                     if handles and not size.toy:
                         # Two processes take turns: the one before left its OpenMP threads spinning and
                         # this one's asleep, and the caches full of its own.
                         time.sleep(SETTLE_SECONDS)
-                        sample(1)
+                        if row.lasting_turns is None:
+                            sample(1)
                     samples[name].append(sample(inner[name]))
             for name, values in samples.items():
                 medians[name].append(quartiles(values))

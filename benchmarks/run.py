@@ -15,7 +15,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ import rimet  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.harness import (  # noqa: E402
+    Finding,
     Reach,
     Row,
     Size,
@@ -42,7 +43,7 @@ from benchmarks.harness import (  # noqa: E402
 from benchmarks.peer import AimetPeer, find_python  # noqa: E402
 
 #: Modules of this package with a function ``rows(size)``. Add a file, then its name here.
-SECTIONS = ("kernels", "calibration", "capture")
+SECTIONS = ("kernels", "calibration", "capture", "ptq")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -103,8 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
                 header = row.section
                 print(table_head(header))
             print(table_line(row, timings), flush=True)
-            goals += goal_lines(row, timings)
-            results.append(record(row, timings))
+            findings = () if row.findings is None else row.findings()
+            for finding in findings:
+                print(f"    {finding.label}: {finding.value:.4g}", flush=True)
+            goals += goal_lines(row, timings, findings)
+            results.append(record(row, timings, findings))
     if not results:
         print(f"no row's label contains {options.match!r}", file=sys.stderr)
         return 2
@@ -162,7 +166,7 @@ def table_line(row: Row, timings: dict[str, Timing]) -> str:
     return row.label.ljust(LABEL) + "".join(cell.rjust(CELL) for cell in cells)
 
 
-def goal_lines(row: Row, timings: dict[str, Timing]) -> list[str]:
+def goal_lines(row: Row, timings: dict[str, Timing], findings: Sequence[Finding]) -> list[str]:
     lines = []
     for goal in row.reaches:
         met = goal_met(goal, timings)
@@ -174,10 +178,14 @@ def goal_lines(row: Row, timings: dict[str, Timing]) -> list[str]:
         else:
             text = f"at least {1 / goal.times:.0f}x faster than {goal.over}: {1 / got:.1f}x"
         lines.append(f"{'yes' if met else 'NO ':4}{row.label}: {text}")
+    for finding in findings:
+        if finding.met is not None:
+            reached = "yes" if finding.met else "NO "
+            lines.append(f"{reached:4}{row.label}: {finding.label}: {finding.value:.4g}")
     return lines
 
 
-def record(row: Row, timings: dict[str, Timing]) -> dict[str, object]:
+def record(row: Row, timings: dict[str, Timing], findings: Sequence[Finding]) -> dict[str, object]:
     return {
         "section": row.section,
         "label": row.label,
@@ -187,6 +195,7 @@ def record(row: Row, timings: dict[str, Timing]) -> dict[str, object]:
         "reaches": [
             {**dataclasses.asdict(goal), "met": goal_met(goal, timings)} for goal in row.reaches
         ],
+        "findings": [dataclasses.asdict(finding) for finding in findings],
     }
 
 

@@ -13,7 +13,7 @@ in evaluation mode is the affine map :math:`x \mapsto a x + c` per channel, so
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from torch import nn
 
@@ -27,6 +27,7 @@ from rimet._graph.parameters import (
     is_padded,
     set_parameter,
 )
+from rimet._graph.recorder import is_frozen_batch_norm
 from rimet.meta.connectedgraph import ConnectedGraph, record_model
 from rimet.meta.operation import Op
 from rimet.nn import BaseQuantizationMixin
@@ -63,7 +64,8 @@ def fold_all_batch_norms(
     """Folds every batch normalization that can be folded, in place; the model computes what it did.
 
     A folded normalization becomes ``nn.Identity``. One that stays is turned into its affine form:
-    mean 0, variance 1, and a weight and bias that do the rest.
+    mean 0, variance 1, and a weight and bias that do the rest. ``torchvision.ops.FrozenBatchNorm2d``
+    is folded like any other, and left as it is where it stays.
 
     The model runs once, in evaluation mode, to record its graph. Folded are Conv1d, Conv2d, Conv3d,
     their transposed forms and Linear, with any number of groups, if both modules ran once and
@@ -93,8 +95,8 @@ def fold_all(model: nn.Module, input_shapes: Any, dummy_input: Any) -> Folds:
     folds = _find(model, input_shapes, dummy_input)
     _fold(model, folds.backward, folds.forward)
     for norm in folds.standalone:
-        # The ranges of a quantized norm belong to the parameters it has.
-        if not isinstance(norm, BaseQuantizationMixin):
+        # The ranges of a quantized norm belong to the parameters it has; a frozen one has none.
+        if not isinstance(norm, BaseQuantizationMixin) and not is_frozen_batch_norm(norm):
             _to_affine_form(norm)
     return folds
 
@@ -142,13 +144,13 @@ def fold_given_batch_norms(
     backward: list[Pair] = []
     forward: list[tuple[BatchNorm, Layer]] = []
     for first, second in layer_pairs:
-        is_forward = isinstance(first, BatchNorm)
+        is_forward = _is_norm(first)
         layer, norm = (second, first) if is_forward else (first, second)
         where = " and ".join(
             paths.get(module, "(not in the model)") or "the model itself"
             for module in (first, second)
         )
-        if not isinstance(layer, LAYERS) or not isinstance(norm, BatchNorm):
+        if not isinstance(layer, LAYERS) or not _is_norm(norm):
             raise ValueError(
                 f"layer_pairs, {where}: expected a layer ({', '.join(c.__name__ for c in LAYERS)}) "
                 "and a batch normalization, "
@@ -245,6 +247,10 @@ def _fold(
             _fold_to_scale(layer, norm)
         _fold_one(layer, norm, "backward")
     _replace_by_identity(model, [norm for _, norm in backward] + [norm for norm, _ in forward])
+
+
+def _is_norm(module: nn.Module) -> TypeGuard[BatchNorm]:
+    return isinstance(module, BatchNorm) or is_frozen_batch_norm(module)
 
 
 def _engine_norm(norm: BatchNorm) -> tuple[Any, ...]:

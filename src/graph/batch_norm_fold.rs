@@ -10,6 +10,7 @@ const BATCH_NORMS: &[&str] = &[
     "nn.BatchNorm2d",
     "nn.BatchNorm3d",
     "nn.SyncBatchNorm",
+    "torchvision.FrozenBatchNorm2d",
 ];
 
 /// (class, rank of its input for which the channels are in dimension 1)

@@ -38,6 +38,8 @@ pub enum Reason {
     Mask,
     /// Its result holds infinities or the largest numbers of its dtype.
     Unbounded,
+    /// It is a function compiled by `torch.jit.script`: what it calls is not seen when the model runs.
+    Scripted,
 }
 
 impl Reason {
@@ -47,6 +49,9 @@ impl Reason {
             Reason::Constant => "a mask, or computed from integers and constants alone",
             Reason::Mask => "adds what integers and constants alone determine, such as a mask",
             Reason::Unbounded => "its result holds infinities or the largest numbers of its dtype",
+            Reason::Scripted => {
+                "compiled by torch.jit.script; what uses its result quantizes its input"
+            }
         }
     }
 }
@@ -163,6 +168,9 @@ impl<'g> DataFlow<'g> {
         }
         if outputs().any(|t| t.unbounded) {
             return Verdict::Leave(Reason::Unbounded);
+        }
+        if op_types::is_scripted(function) {
+            return Verdict::Leave(Reason::Scripted);
         }
         Verdict::Quantize
     }

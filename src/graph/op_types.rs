@@ -515,6 +515,11 @@ pub fn canonical(name: &str) -> &str {
     }
 }
 
+/// Whether a functional node is the call of a function that `torch.jit.script` compiled.
+pub fn is_scripted(function: &str) -> bool {
+    function.starts_with("torch.jit.script(")
+}
+
 /// Operator type of a functional node: the four that a configuration can speak of, or the function's name.
 pub fn function_op_type(canonical: &str) -> &str {
     match canonical {

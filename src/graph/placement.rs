@@ -400,11 +400,16 @@ impl<'a> Placement<'a> {
     /// Functional operators that take part in the rules.
     fn elementwise_functions(&self) -> Vec<NodeId> {
         let graph = self.flow.graph;
-        // In module form, what is a function still is one that is left in floating point on purpose.
+        // In module form, what is a function still is one that is left in floating point on purpose; or it is a
+        // scripted one, whose result can only be quantized where it is used.
         let is_elementwise = |&node: &NodeId| {
-            !graph.in_module_form
-                && graph.nodes[node].module.is_none()
-                && op_types::is_elementwise_function(self.flow.op_type(node))
+            let op_type = self.flow.op_type(node);
+            graph.nodes[node].module.is_none()
+                && if graph.in_module_form {
+                    op_types::is_scripted(op_type)
+                } else {
+                    op_types::is_elementwise_function(op_type)
+                }
         };
         self.flow
             .ops

@@ -1,8 +1,8 @@
 """Records the graph of a model by running it once.
 
 Module calls are seen by forward hooks, functional operations by a ``TorchFunctionMode``; both
-become events of ``rimet._core.GraphBuilder``. There is no tracing: the model computes on real
-tensors, so reused modules, control flow (the path that is executed), views, in-place operations and
+become events of ``rimet._core.GraphBuilder``. A ``torch.jit.script`` function, whose inside neither sees, is one
+event. There is no tracing: the model computes on real tensors, so reused modules, control flow (the path that is executed), views, in-place operations and
 nested inputs and outputs need no special treatment by its author. The cost grows linearly with the
 number of operations.
 """
@@ -10,6 +10,7 @@ number of operations.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,13 @@ from torch.overrides import TorchFunctionMode
 from rimet import _core
 from rimet._graph.inputs import tensors_in
 from rimet.common.torch_functions import function_name
+
+# Functions that hand the values of a tensor to Python: each is a consumer of it, a node ``item``.
+_READS_VALUES = frozenset(
+    {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+    | {f"__{name}__" for name in ("bool", "int", "float", "complex", "index", "contains")}
+    | {f"__{name}__" for name in ("array", "dlpack")}
+)
 
 
 class Twin(NamedTuple):
@@ -65,6 +73,11 @@ def class_key(cls: type) -> str:
     if module.startswith("torchvision."):
         return f"torchvision.{name}"
     return f"{module}.{name}"
+
+
+def is_frozen_batch_norm(module: torch.nn.Module) -> bool:
+    """Whether a module is a ``torchvision.ops.FrozenBatchNorm2d``."""
+    return class_key(type(module)) == "torchvision.FrozenBatchNorm2d"
 
 
 def _describe(tensor: torch.Tensor) -> tuple[list[int], str]:
@@ -236,11 +249,13 @@ class _Recorder:
         outcome: Any,
     ) -> None:
         written = [tensor for tensor, version in before if _version(tensor) != version]
+        name, scope = function_name(func), self.scopes[-1]
         if not written and next(tensors_in(outcome), None) is None:
-            return  # asked for a shape, a number, a flag: no tensor has a new value
+            if name not in _READS_VALUES:
+                return  # asked for a shape, a dtype, a flag
+            name = "item"
         inputs = self.arguments(args, kwargs)
         tensors, described = self.results(outcome, written)
-        name, scope = function_name(func), self.scopes[-1]
         self.bind_all(
             tensors, self.builder.call_function(name, scope, inputs, described, bool(written))
         )
@@ -269,11 +284,32 @@ class _Watch(TorchFunctionMode):
         return outcome
 
 
+@contextlib.contextmanager
+def _watch_scripted(recorder: _Recorder) -> Iterator[None]:
+    """Sees the calls of ``torch.jit.script`` functions too: torch hands them to no mode."""
+    thread = threading.get_ident()
+    call = torch.jit.ScriptFunction.__call__
+
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.inside_leaf or threading.get_ident() != thread:
+            return call(function, *args, **kwargs)
+        before = [(tensor, _version(tensor)) for tensor in tensors_in((args, kwargs))]
+        outcome = call(function, *args, **kwargs)
+        recorder.function(function, args, kwargs, before, outcome)
+        return outcome
+
+    torch.jit.ScriptFunction.__call__ = watched  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.jit.ScriptFunction.__call__ = call  # type: ignore[method-assign]
+
+
 def is_atomic(module: torch.nn.Module) -> bool:
-    """Whether a module is one operation by itself: a module of torch without parts, or a compiled
-    one.
+    """Whether a module is one operation by itself: a module of torch without parts, a compiled one,
+    or torchvision's frozen batch normalization.
     """
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or is_frozen_batch_norm(module):
         return True
     containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
     in_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(
@@ -415,7 +451,11 @@ def record(
             shape_, dtype = _describe(tensor)
             recorder.bind_all([tensor], [recorder.builder.input(position, shape_, dtype)])
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        with evaluating(model), torch.random.fork_rng(devices=devices), _Watch(recorder):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(model))
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            stack.enter_context(_watch_scripted(recorder))
+            stack.enter_context(_Watch(recorder))
             outcome = model(*args, **kwargs)
         outputs = list(tensors_in(outcome))
         for index, tensor in enumerate(outputs):

@@ -29,7 +29,11 @@ def _dispatched_names() -> dict[Any, str]:
 
 
 def function_name(func: Callable[..., Any]) -> str:
-    """The name under which a torch function is called: ``"relu"``, ``"__add__"``, ``"mT"``."""
+    """The name under which a torch function is called: ``"relu"``, ``"__add__"``, ``"mT"``;
+    ``"torch.jit.script(gate)"`` for a scripted function.
+    """
+    if isinstance(func, torch.jit.ScriptFunction):
+        return f"torch.jit.script({func.name})"
     if isinstance(func, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
         packet: Any = getattr(func, "overloadpacket", func)
         return str(packet._qualified_op_name).rpartition("::")[2]

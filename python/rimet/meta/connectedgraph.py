@@ -137,6 +137,8 @@ class ConnectedGraph(_ConnectedGraph):
                     if source is not None:
                         origin[output] = origin[source]
                 continue
+            if node["function"] is not None and not node["outputs"]:
+                continue  # values that went to Python (`item`, `tolist`): no operation in this view
             op = self._make_op(len(ops), node, tensors, modules)
             ops[number] = op
             for index, (_, tensor, value) in enumerate(node["inputs"]):

@@ -4,7 +4,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,8 @@ class Twins(NamedTuple):
     of: dict[str, nn.Module]
     ignored: dict[str, nn.Module]
     """Modules that shall stay as they are."""
+    unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]]
+    """Classes of modules without parts that have no twin: where the first of them stands."""
 
 
 def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
@@ -66,14 +68,9 @@ def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
     Args:
         model: the model.
         quantize_unknown: whether modules without parts whose class is unknown get a generic twin.
-
-    Raises:
-        UnknownModuleError: modules without parts whose class has no twin, unless
-            ``quantize_unknown``; all of them are named.
     """
-    twins = Twins({}, {})
+    twins = Twins({}, {}, {})
     inside: set[int] = set()
-    unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]] = {}
     for path, module in model.named_modules():
         if id(module) in inside or isinstance(module, (*_CONTAINERS, torch.jit.ScriptModule)):
             continue
@@ -84,7 +81,7 @@ def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
             if not is_leaf or isinstance(module, nn.Identity):
                 continue
             if not quantize_unknown:
-                unknown.setdefault(type(module), (path, error))
+                twins.unknown.setdefault(type(module), (path, error))
                 continue
             twin = generic_twin(module)
         if twin is not module:
@@ -92,8 +89,6 @@ def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
             inside.update(id(part) for part in module.modules())
         elif is_leaf or type(module) in QuantizationMixin._ignored_module_types:
             twins.ignored[path] = module
-    if unknown:
-        raise _UnknownModules(unknown)
     return twins
 
 
@@ -101,25 +96,39 @@ def _runs(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
+def problems_of(twins: Twins, others: Sequence[str]) -> RuntimeError | None:
+    """One error for all that keeps a model from being simulated; ``others``: what is not about
+    unknown modules.
+    """
+    if twins.unknown:
+        return _UnknownModules(twins.unknown, others)
+    return RuntimeError("\n\n".join(others)) if others else None
+
+
 class _UnknownModules(UnknownModuleError):
     """Several module classes have no twin."""
 
-    def __init__(self, unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]]) -> None:
-        self.unknown = unknown
+    def __init__(
+        self,
+        unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]],
+        others: Sequence[str],
+    ) -> None:
+        self.unknown, self.others = unknown, others
         first = next(iter(unknown.values()))[1]
         super().__init__(first.module_cls, first.mixin_cls)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.unknown,)
+        return type(self), (self.unknown, self.others)
 
     def generate_err_msg(self) -> str:
-        """Every class with the path of its first instance, then the ways on for each."""
+        """Other problems; every class with the path of its first instance; the ways on for each."""
         places = "\n".join(
             f"  - {cls.__module__}.{cls.__qualname__} at {path or 'the model itself'}"
             for cls, (path, _) in self.unknown.items()
         )
         advice = "\n\n".join(str(error) for _, error in self.unknown.values())
-        return f"These module classes have no quantized twin:\n{places}\n\n{advice}"
+        unknown = f"These module classes have no quantized twin:\n{places}\n\n{advice}"
+        return "\n\n".join((*self.others, unknown))
 
 
 def describe_twin(twin: nn.Module) -> Twin:

@@ -110,7 +110,8 @@ def _check_bitwidth(name: str, value: Any, low: int, is_float: bool) -> None:
         raise ValueError(f"{name}: expected {low} to 32 bits, got {value}")
 
 
-def _check_unquantized(model: nn.Module) -> None:
+def _quantized_parts(model: nn.Module) -> list[str]:
+    """A list with what is wrong with a model that holds quantizers already."""
     quantized = [
         path or "the model itself"
         for path, module in model.named_modules()
@@ -125,9 +126,15 @@ def _check_unquantized(model: nn.Module) -> None:
     for what, paths in (("quantized modules", quantized), ("quantizers", quantizers)):
         if paths:
             shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
-            raise RuntimeError(
-                f"model: expected a model without quantizers, but it holds {what}: {shown}"
-            )
+            return [
+                f"model: expected a model without quantizers, but it holds {what}: {shown}. "
+                "QuantizationSimModel.get_original_model gives the model without them"
+            ]
+    return []
+
+
+class _RecordingError(RuntimeError):
+    """A model failed on its example input."""
 
 
 class QuantizationSimModel:
@@ -179,7 +186,7 @@ class QuantizationSimModel:
         UnknownModuleError: modules without a quantized twin, unless ``quantize_unknown_modules``;
             all are named, with the remedy.
         RuntimeError: no tensors in ``dummy_input``; the model holds quantizers already, or fails on
-            ``dummy_input``.
+            ``dummy_input``. Such problems and unknown modules are named together, in one error.
 
     ``model`` is unchanged after an error.
     """
@@ -215,7 +222,7 @@ class QuantizationSimModel:
         _placing.analyzer_for(scheme, ())
         path = resolve_config(config_file)
         config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
-        _check_unquantized(model)
+        problems = _quantized_parts(model)
         args, kwargs = bind_inputs(model, dummy_input)
 
         if not in_place:
@@ -223,7 +230,15 @@ class QuantizationSimModel:
         twins = _placing.make_twins(model, quantize_unknown_modules)
         if quantize_functional_ops and is_generic(twins.of.get("", model)):
             del twins.of[""]  # a model is more than one operation, even if it has no parts
-        recording = self._record(model, args, kwargs, twins, quantize_functional_ops)
+        cause = None
+        if not problems:
+            try:
+                recording = self._record(model, args, kwargs, twins, quantize_functional_ops)
+            except _RecordingError as error:
+                problems, cause = [str(error)], error.__cause__
+        problem = _placing.problems_of(twins, problems)
+        if problem is not None:
+            raise problem from cause
         if quantize_functional_ops:
             # One module in several places would have one range for different tensors: its calls
             # are taken for those of the functions that it calls, which have quantizers of their own.
@@ -295,7 +310,7 @@ class QuantizationSimModel:
                 look_at_values=look_at_values,
             )
         except Exception as error:
-            raise RuntimeError(
+            raise _RecordingError(
                 f"{type(model).__name__} failed on dummy_input, so its graph could not be "
                 "recorded: "
                 f"{type(error).__name__}: {error}"

@@ -402,6 +402,36 @@ def test_exclusion_and_ignored_classes() -> None:
         QuantizationMixin._ignored_module_types.discard(Block)
 
 
+@torch.jit.script
+def scripted_gate(x: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x) * x
+
+
+class CallsScripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(scripted_gate(self.first(x))) + 1
+
+
+def test_a_scripted_function_is_named_and_its_result_quantized_by_the_next() -> None:
+    x = torch.randn(16, 4)
+    sim, output = simulate(CallsScripted(), x)
+    ((place, reason),) = sim.report.unquantized
+    assert place == ": torch.jit.script(scripted_gate) (call 0)" and "torch.jit.script" in reason
+    assert "scripted_gate" in str(sim.report)
+    quantizer = sim.model.last.input_quantizers[0]
+    gated = scripted_gate(sim.model.first(x))
+    assert quantizer.get_max().item() == pytest.approx(gated.max().item(), rel=0.01)
+    with torch.no_grad():
+        assert torch.equal(sim.model.functional.add_0.output_quantizers[0](output), output)
+    script = torch.jit.trace(sim.model, (x,))
+    assert torch.equal(script(x), output)
+    assert torch.equal(torch.export.export(sim.model, (x,)).module()(x), output)
+
+
 # Unknown module classes
 
 

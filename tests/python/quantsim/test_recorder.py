@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,10 +132,63 @@ def test_attributes_and_numbers_are_no_nodes() -> None:
 
     assert show(record(Wrap(forward), (torch.zeros(2, 3),))) == [
         "sum#0(0)->1",
+        "item#0(1)->",
         "to#0(0)->2",
         "reshape#0(2)->3",
         "mT#0(3)->4",
     ]
+
+
+@torch.jit.script
+def gate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x) * y + 1
+
+
+def test_a_scripted_function_is_one_node() -> None:
+    call = torch.jit.ScriptFunction.__call__
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(gate(torch.relu(x), y=x))
+
+    recording = record(Wrap(forward), (torch.randn(2, 3),))
+    assert show(recording) == [
+        "relu#0(0)->1",
+        "torch.jit.script(gate)#0(1,0)->2",
+        "exp#0(2)->3",
+    ]
+    assert recording.unwatched == []
+    assert torch.jit.ScriptFunction.__call__ is call
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.item(),
+        float,
+        int,
+        bool,
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: np.asarray(x),
+        lambda x: 1.0 in x,
+        lambda x: torch.equal(x, ONE),
+    ],
+)
+def test_values_that_python_reads_have_a_consumer(read: Any) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x)
+        read(y)
+        return x + 1
+
+    recording = record(Wrap(forward), (torch.ones(1),))
+    names = [node["function"] for node in recording.graph.nodes()]
+    assert names == ["relu", "item", "add"]
+    assert recording.graph.tensors()[1]["consumers"] == [1]
+    graph = ConnectedGraph(Wrap(forward), torch.ones(1))
+    assert [op.type for op in graph.ordered_ops] == ["relu", "Add"]
 
 
 @dataclasses.dataclass

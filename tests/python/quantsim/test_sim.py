@@ -291,16 +291,78 @@ def test_training_moves_weights_and_ranges_and_reduces_the_loss(optimizer: Any) 
     assert min(losses[-4:]) < losses[0]
 
 
-def test_weight_changes_of_any_kind_are_seen() -> None:
-    sim, x = make("mlp")
-    for change in (
+def _fused_step(weight: nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.Adam([weight], lr=0.1, fused=True).step()
+
+
+def _assign_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         lambda w: w.data.mul_(0.5),
-        lambda w: setattr(w, "data", w.data * 0.5),
+        _assign_data,
+        _fused_step,
         lambda w: w.detach().numpy().__imul__(0.5),
-    ):
+    ],
+    ids=["p.data.mul_", "p.data =", "fused optimizer", "numpy"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_next_forward_uses_the_new_weight(change: Any, grad: bool) -> None:
+    sim, x = make("mlp")
+    weight = sim.model.fc1.weight
+    with torch.set_grad_enabled(grad):
         before = sim.model(x)
-        change(sim.model.fc1.weight)
-        assert not torch.equal(sim.model(x), before)
+        change(weight)
+        after = sim.model(x)
+        # The same forward by a model that was given the new weight before it ever ran.
+        other, _ = make("mlp")
+        other.model.load_state_dict(sim.model.state_dict())
+        assert not torch.equal(after, before) and torch.equal(after, other.model(x))
+
+
+def test_load_state_dict_brings_weights_and_ranges() -> None:
+    sim, x = make("mlp")
+    before = sim.model(x)
+    state = copy.deepcopy(sim.model.state_dict())
+    for name in ("fc1.weight", "fc1.param_quantizers.weight.max"):
+        changed = {**state, name: state[name] * 0.5}
+        sim.model.load_state_dict(changed)
+        assert not torch.equal(sim.model(x), before), name
+    sim.model.load_state_dict(state)
+    assert torch.equal(sim.model(x), before)
+
+
+def test_traced_and_exported_graphs_quantize_their_own_weights() -> None:
+    """The ops of the weights are in the graph: a weight that is changed there is quantized anew."""
+    sim, x = make("mobilenet_v2")
+    script = torch.jit.trace(sim.model, (x,))
+    program = torch.export.export(sim.model, (x,))
+    exported = program.module()
+    before = sim.model(x)
+    weights = [
+        name
+        for name, module in sim.named_qmodules()
+        if dict(module.param_quantizers.items()).get("weight") is not None
+    ]
+    assert len(weights) > 2
+    with torch.no_grad():
+        for name in weights:  # the graphs hold the very same parameters
+            sim.model.get_parameter(f"{name}.weight").mul_(0.3)
+        expected = sim.model(x)
+        assert not torch.equal(expected, before)
+        assert torch.equal(script(x), expected) and torch.equal(exported(x), expected)
+    parameters = program.graph_signature.inputs_to_parameters
+    quantized = {
+        parameters[node.args[0].name]
+        for node in program.graph.nodes
+        if "rimet.quantize_dequantize" in str(node.target)
+        and getattr(node.args[0], "name", None) in parameters
+    }
+    assert {f"{name}.weight" for name in weights} <= quantized
 
 
 @pytest.mark.parametrize(
@@ -321,7 +383,8 @@ def test_torchscript_and_torch_export(name: str) -> None:
     assert any("rimet" in str(node.target) for node in program.graph.nodes)
 
 
-def test_ddp_with_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "functional"), [("conv_bn_relu", False), ("mobilenet_v2", True)])
+def test_ddp_with_two_processes(tmp_path: Path, name: str, functional: bool) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
         textwrap.dedent(
@@ -339,8 +402,9 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
             rank = int(sys.argv[1])
             store = "file://" + sys.argv[2]
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-            model, (x,) = build("conv_bn_relu", custom)
+            model, (x,) = build("{name}", custom)
             sim = QuantizationSimModel(model, x)
+            assert bool(sim.report.functional_ops) == {functional}
             sim.compute_encodings(lambda m: m(x))
             ddp = DistributedDataParallel(sim.model.train())
             trainer = torch.optim.SGD(ddp.parameters(), lr=0.01)
@@ -352,7 +416,9 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
             both = [torch.empty_like(flat) for _ in range(2)]
             dist.all_gather(both, flat)
             assert torch.equal(both[0], both[1]), "ranks differ"
-            assert any("quantizers" in n for n, p in ddp.named_parameters() if p.grad is not None)
+            trained = [n for n, p in ddp.named_parameters() if p.grad is not None]
+            assert any("quantizers" in name for name in trained)
+            assert any("functional" in name for name in trained) == {functional}
             dist.destroy_process_group()
             print("same", rank)
             """
@@ -697,6 +763,21 @@ def test_unknown_modules_are_named_together() -> None:
         assert type(sim.model[1]) is Square
     finally:
         QuantizationMixin._ignored_module_types -= {Square, Cube}
+
+
+def test_problems_of_several_kinds_are_named_together() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Square(), nn.Sequential(Cube(), nn.Linear(3, 3)))
+    with pytest.raises(UnknownModuleError) as caught:
+        QuantizationSimModel(model, torch.randn(1, 2), quantize_unknown_modules=False)
+    for part in ("failed on dummy_input", "Square at 1", "Cube at 2.0", "ignore(Square)"):
+        assert part in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    model[2][1] = QuantizationMixin.from_module(model[2][1])
+    with pytest.raises(UnknownModuleError) as caught:
+        QuantizationSimModel(model, torch.randn(1, 2), quantize_unknown_modules=False)
+    for part in ("quantized modules: 2.1", "get_original_model", "Square at 1", "Cube at 2.0"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,21 @@ def control_flow(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.norm1(y) if y.sum() > 1e9 else m.norm1(y) * 2
 
 
+def read_as_numbers(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.conv1(x)
+    return m.norm1(y) * y.tolist()[0][0][0][0]
+
+
+def read_as_array(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.conv1(x)
+    return m.norm1(y) * float(y.numpy().mean())
+
+
+@torch.jit.script
+def scripted_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean()
+
+
 def changed_in_place(m: Any, x: torch.Tensor) -> torch.Tensor:
     y = m.conv1(x)
     y.add_(1.0)
@@ -183,6 +198,11 @@ NOT_FOLDED: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "norm used twice": lambda m, x: m.norm1(m.conv2(m.norm1(m.conv1(x)))),
     "conv output used elsewhere": lambda m, x: (lambda y: m.norm1(y) + y)(m.conv1(x)),
     "conv output looked at": control_flow,
+    "conv output read as numbers": read_as_numbers,
+    "conv output read as an array": read_as_array,
+    "conv output used by a scripted function": lambda m, x: (
+        lambda y: m.norm1(y) * scripted_mean(y)
+    )(m.conv1(x)),
     "alias of conv output used": alias_of_conv1,
     "changed in place between": changed_in_place,
     "relu between": lambda m, x: m.norm1(torch.relu(m.conv1(x))),
@@ -206,6 +226,25 @@ def test_not_folded_wrongly(name: str) -> None:
     x = noise(4, 4, 4, 4).double()
     original = copy.deepcopy(model)
     assert fold_all_batch_norms(model, None, x) == []
+    assert error(model, original, x) < EXACT
+
+
+def test_frozen_norms_of_torchvision() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    norms = [ops.FrozenBatchNorm2d(4) for _ in range(3)]
+    for norm in norms:
+        for buffer in norm.buffers():
+            buffer.copy_(torch.rand(4) + 0.5)
+    layers = (nn.Conv2d(4, 4, 3, padding=1), norms[0], nn.ReLU(), norms[1], nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(*layers, nn.ReLU(), norms[2]).double().eval()
+    original = copy.deepcopy(model)
+    x = noise(2, 4, 5, 5).double()
+    forward = (norms[1], layers[4])
+    assert find_all_batch_norms_to_fold(model, None, x) == ([(layers[0], norms[0])], [forward])
+    assert fold_all_batch_norms(model, None, x) == [(layers[0], norms[0]), (layers[4], norms[1])]
+    assert model[6] is norms[2] and type(model[1]) is type(model[3]) is nn.Identity
+    assert error(model, original, x) < EXACT
+    fold_given_batch_norms(original, [(original[0], original[1])])
     assert error(model, original, x) < EXACT
 
 
