@@ -67,14 +67,16 @@ def prepare(folder: Path, seeds: int, epochs: int) -> Iterator[dict[str, Any]]:
             yield {"model": name, "seed": seed, "setting": "FP32", "accuracy": found}
 
 
-def work(python: Path | str, package: str, folder: Path, iterations: int) -> list[dict[str, Any]]:
+def work(
+    python: Path | str, package: str, folder: Path, iterations: int, only: list[str]
+) -> list[dict[str, Any]]:
     """Runs a worker to its end."""
     environment = dict(os.environ)
     if package != "rimet":
         environment.pop("PYTHONPATH", None)
     command = [str(python), "-W", "ignore", str(WORKER), package, str(folder)]
     done = subprocess.run(
-        [*command, "--iterations", str(iterations)],
+        [*command, "--iterations", str(iterations), "--only", *only],
         env=environment,
         capture_output=True,
         text=True,
@@ -111,22 +113,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="one seed, hardly trained, no AIMET")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=24, help="of training")
+    parser.add_argument("--iterations", type=int, default=500, help="of AdaRound, per layer")
+    parser.add_argument("--only", choices=SETTINGS, action="append", help="only this setting")
     parser.add_argument("--no-aimet", action="store_true", help="leave AIMET out")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file")
     options = parser.parse_args(arguments)
-    seeds, epochs, iterations = (1, 1, 2) if options.smoke else (options.seeds, options.epochs, 500)
+    seeds, epochs, iterations = options.seeds, options.epochs, options.iterations
+    if options.smoke:
+        seeds, epochs, iterations = 1, 1, 2
+    only = options.only or list(SETTINGS)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results = [{"package": "rimet", **r} for r in prepare(folder, seeds, epochs)]
-        results += work(sys.executable, "rimet", folder, iterations)
+        results += work(sys.executable, "rimet", folder, iterations, only)
         peer = find_python()
         if options.smoke or options.no_aimet:
             print("AIMET: left out, as asked for")
         elif peer is None:
             print("AIMET: left out, no environment for it here (`make peers` creates one)")
         else:
-            results += work(peer, "aimet_torch", folder, iterations)
+            results += work(peer, "aimet_torch", folder, iterations, only)
     print(f"{seeds} seed(s), {epochs} epochs, AdaRound of {iterations} iterations\n")
     print(table(results))
     options.output.parent.mkdir(parents=True, exist_ok=True)

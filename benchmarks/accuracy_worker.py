@@ -1,8 +1,8 @@
 """Quantizes trained models with every setting and measures their accuracy: the part of
 ``benchmarks.accuracy`` that rimet and AIMET share. The same calls, with the package's name in front.
 
-    python benchmarks/accuracy_worker.py rimet FOLDER --iterations 500
-    .venv-peers/bin/python benchmarks/accuracy_worker.py aimet_torch FOLDER --iterations 500
+    python benchmarks/accuracy_worker.py rimet FOLDER
+    .venv-peers/bin/python benchmarks/accuracy_worker.py aimet_torch FOLDER
 
 Reads what ``benchmarks.accuracy`` wrote into the folder; prints one line of JSON a result.
 """
@@ -201,7 +201,9 @@ def accuracy(model: nn.Module, work: dict[str, Any]) -> float:
     return 100 * float((guesses == work["labels"]).float().mean())
 
 
-def results(package: str, folder: Path, iterations: int) -> Iterator[dict[str, Any]]:
+def results(
+    package: str, folder: Path, iterations: int, only: list[str]
+) -> Iterator[dict[str, Any]]:
     """One for each model, seed and setting."""
     for file in sorted(folder.glob("*.pt")):
         name, _, seed = file.stem.rpartition("-")
@@ -211,7 +213,7 @@ def results(package: str, folder: Path, iterations: int) -> Iterator[dict[str, A
         model.eval()
         settings = Settings(package, work, int(seed), iterations)
         for setting, (make, leaves_out) in SETTINGS.items():
-            if name in leaves_out:
+            if name in leaves_out or setting not in only:
                 continue
             start = time.perf_counter()
             sim = make(settings, model)
@@ -229,14 +231,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("package", choices=("rimet", "aimet_torch"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--iterations", type=int, required=True)
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--only", choices=SETTINGS, nargs="+", default=list(SETTINGS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.chdir(options.folder)
     answers = sys.stdout
     # Libraries print their progress; only results go to where they are read.
     with contextlib.redirect_stdout(sys.stderr):
-        for result in results(options.package, options.folder, options.iterations):
+        for result in results(options.package, options.folder, options.iterations, options.only):
             print(json.dumps(result), file=answers, flush=True)
 
 

@@ -23,6 +23,7 @@ from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import Visit
 from rimet._weight_layers import (
     SUPPORTED,
+    TRANSPOSED,
     Layer,
     WeightTechnique,
     changed,
@@ -259,39 +260,80 @@ class _SequentialMse(WeightTechnique):
     ) -> None:
         """Chooses a layer's range, given its inputs by batch."""
         quantizer = layer.quantizer
+        # A spilled tensor is a mapped file: the list holds no memory of its own.
+        wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
+        use_float, use_quant = wanted[self.settings["inp_symmetry"]]
+        inputs = list(float_inputs) if use_float else [], list(quant_inputs) if use_quant else []
+        low, high = quantizer.get_min(), quantizer.get_max()
+        assert low is not None and high is not None
+        shape, blocks, axis = list(quantizer.shape), layer.block_size, None
+        dims = layer.module.weight.dim()
+        output_axis = 1 if isinstance(layer.module, TRANSPOSED) else 0
+        channels = layer.module.weight.shape[output_axis]
+        whole = [1] * (dims - len(shape)) + shape
+        if whole[output_axis] == 1 < channels and not isinstance(
+            quantizer, GroupedBlockQuantizeDequantize
+        ):
+            # Output channels that share a range: each chooses, and the widest serves them all.
+            axis = output_axis
+            shape = [channels if i == axis else n for i, n in enumerate(whole)]
+            if blocks is not None:
+                blocks = [1] * (dims - len(blocks)) + blocks
+                blocks[axis] = 1
+            low, high = low.expand(shape), high.expand(shape)
+        candidates = self.settings["num_candidates"]
+        with self.steps(layer, candidates) as progress:
+            result = self._engine(layer, (low, high), inputs, shape, blocks, candidates, progress)
+        low, high = result["min"], result["max"]
+        loss_after = result["loss_after"]
+        if axis is not None:
+            low = low.amin(axis).reshape(quantizer.shape)
+            high = high.amax(axis).reshape(quantizer.shape)
+            chosen = self._engine(
+                layer, (low, high), inputs, list(quantizer.shape), layer.block_size, 1
+            )
+            loss_after = chosen["loss_after"]
+        entry.done(
+            {"min": low, "max": high},
+            loss_before=result["loss_before"],
+            loss_after=loss_after,
+            bitwidth=quantizer.bitwidth,
+            method=result["method"],
+        )
+
+    def _engine(
+        self,
+        layer: Layer,
+        full_range: tuple[Tensor, Tensor],
+        inputs: tuple[list[Tensor], list[Tensor]],
+        shape: list[int],
+        block_size: list[int] | None,
+        num_candidates: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Chooses for encodings of a shape."""
+        quantizer = layer.quantizer
         grouping = None
         if isinstance(quantizer, GroupedBlockQuantizeDequantize):
             levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
             grouping = (list(quantizer.block_grouping), levels)
-        # A spilled tensor is a mapped file: the list holds no memory of its own.
-        wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
-        use_float, use_quant = wanted[self.settings["inp_symmetry"]]
-        with self.steps(layer, self.settings["num_candidates"]) as progress:
-            result = _core.seq_mse_layer(
-                linear_map(layer.module),
-                layer.module.weight,
-                quantizer.get_min(),
-                quantizer.get_max(),
-                list(float_inputs) if use_float else [],
-                list(quant_inputs) if use_quant else [],
-                qmin=quantizer.qmin,
-                qmax=quantizer.qmax,
-                symmetric=quantizer.symmetric,
-                shape=list(quantizer.shape),
-                block_size=layer.block_size,
-                grouping=grouping,
-                num_candidates=self.settings["num_candidates"],
-                inp_symmetry=self.settings["inp_symmetry"],
-                loss=self.settings["loss_fn"],
-                progress=progress,
-            )
-        entry.done(
-            {"min": result["min"], "max": result["max"]},
-            loss_before=result["loss_before"],
-            loss_after=result["loss_after"],
-            bitwidth=quantizer.bitwidth,
-            method=result["method"],
+        result: dict[str, Any] = _core.seq_mse_layer(
+            linear_map(layer.module),
+            layer.module.weight,
+            *full_range,
+            *inputs,
+            qmin=quantizer.qmin,
+            qmax=quantizer.qmax,
+            symmetric=quantizer.symmetric,
+            shape=shape,
+            block_size=block_size,
+            grouping=grouping,
+            num_candidates=num_candidates,
+            inp_symmetry=self.settings["inp_symmetry"],
+            loss=self.settings["loss_fn"],
+            progress=progress,
         )
+        return result
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
         return {"min": layer.quantizer.min, "max": layer.quantizer.max}
