@@ -7,6 +7,7 @@ parameters and returns the call to time.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -23,7 +24,10 @@ os.dup2(2, 1)
 
 import ptq_models  # noqa: E402  (beside this file)
 import torch  # noqa: E402
+import torchvision  # noqa: E402
 from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters  # noqa: E402
+from aimet_torch.batch_norm_fold import fold_all_batch_norms  # noqa: E402
+from aimet_torch.cross_layer_equalization import equalize_model  # noqa: E402
 from aimet_torch.quantization import affine, encoding_analyzer  # noqa: E402
 from aimet_torch.quantization.float import FloatQuantizeDequantize  # noqa: E402
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
@@ -194,6 +198,44 @@ def analyzer(
     return call
 
 
+def _model(model: str, shape: list[int]) -> tuple[torch.nn.Module, Tensor]:
+    return getattr(torchvision.models, model)(weights=None).eval(), torch.randn(shape)
+
+
+def _simulate(model: torch.nn.Module, x: Tensor) -> Any:
+    return QuantizationSimModel(model, x, default_param_bw=4, default_output_bw=8)
+
+
+def change(model: str, shape: list[int], name: str) -> Pair:
+    """Folding, equalizing, or making the simulation, on a fresh copy of a model."""
+    original, x = _model(model, shape)
+    changes: dict[str, Callable[[torch.nn.Module], object]] = {
+        "fold": lambda m: fold_all_batch_norms(m, tuple(shape), dummy_input=x),
+        "equalize": lambda m: equalize_model(m, tuple(shape), dummy_input=x),
+        "simulate": lambda m: _simulate(m, x),
+    }
+    fresh: list[torch.nn.Module] = []
+
+    def before() -> None:
+        fresh[:] = [copy.deepcopy(original)]
+
+    return before, lambda: changes[name](fresh[0])
+
+
+def simulated_forward(model: str, shape: list[int]) -> Call:
+    """A W4A8 simulation of a folded model, under no_grad."""
+    network, x = _model(model, shape)
+    fold_all_batch_norms(network, tuple(shape), dummy_input=x)
+    sim = _simulate(network, x)
+    sim.compute_encodings(lambda m, _: m(x), None)
+
+    def call() -> object:
+        with torch.no_grad():
+            return sim.model(x)
+
+    return call
+
+
 def seq_mse(model: dict[str, Any], candidates: int, lpbq_block: int | None, output: str) -> Triple:
     """Sequential MSE of 4-bit weights; the weights on their grids are saved in ``output``."""
     original, batches = ptq_models.build(**model)
@@ -249,6 +291,8 @@ WORKS: dict[str, Callable[..., Call | Pair | Triple]] = {
     "dequantize": dequantize,
     "after_conv": after_conv,
     "analyzer": analyzer,
+    "change": change,
+    "simulated_forward": simulated_forward,
     "seq_mse": seq_mse,
     "adaround": adaround,
 }

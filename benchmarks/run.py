@@ -43,7 +43,7 @@ from benchmarks.harness import (  # noqa: E402
 from benchmarks.peer import AimetPeer, find_python  # noqa: E402
 
 #: Modules of this package with a function ``rows(size)``. Add a file, then its name here.
-SECTIONS = ("kernels", "calibration", "capture", "ptq")
+SECTIONS = ("kernels", "calibration", "capture", "simulation", "ptq")
 RESULTS = ROOT / "benchmarks" / "results"
 
 

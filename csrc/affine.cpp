@@ -186,6 +186,19 @@ Grads affine_backward_cuda(const AffineArgs& args, const Tensor& grad, const Ten
   return ran ? grads : affine_backward_tensor_ops(args, grad, input, first, second, mask);
 }
 
+// The kernel reads each block before it writes it, so `input` may be the output, too.
+static void affine_forward_inplace_cpu(const AffineArgs& args, Tensor& input, const Tensor& first,
+                                       const Tensor& second) {
+  if (!input.is_non_overlapping_and_dense()) {
+    input.copy_(affine_forward_cpu(args, input, first, second));
+    return;
+  }
+  const Encodings encodings(args, input, first, second);
+  const auto affine = engine_args(args, input, encodings);
+  const auto view = view_of(input);
+  check_status(rimet_affine_forward(&affine, &view, input.data_ptr()), args.name);
+}
+
 Tensor affine_forward_meta(const AffineArgs& args, const Tensor& input, const Tensor& first,
                            const Tensor& second) {
   const auto symbolic = [](const Tensor& t) {
@@ -247,6 +260,7 @@ AffineArgs range_args(int64_t qmin, int64_t qmax, bool symmetric, double shift, 
 }
 
 using ForwardFn = Tensor(const AffineArgs&, const Tensor&, const Tensor&, const Tensor&);
+using InplaceFn = void(const AffineArgs&, Tensor&, const Tensor&, const Tensor&);
 using BackwardFn = Grads(const AffineArgs&, const Tensor&, const Tensor&, const Tensor&,
                          const Tensor&, Mask);
 
@@ -284,6 +298,21 @@ void register_affine(torch::Library& m) {
             int64_t qmax, bool symmetric, double shift, Block block, Mask mask) {
            return backward(range_args(qmin, qmax, symmetric, shift, block), g, x, min, max, mask);
          });
+}
+
+template <InplaceFn* forward>
+void register_inplace(torch::Library& m) {
+  m.impl("quantize_dequantize_range_",
+         [](Tensor& x, const Tensor& min, const Tensor& max, int64_t qmin, int64_t qmax,
+            bool symmetric, double shift, Block block) {
+           forward(range_args(qmin, qmax, symmetric, shift, block), x, min, max);
+         });
+}
+
+// By way of a second tensor.
+template <ForwardFn* forward>
+void copied_back(const AffineArgs& args, Tensor& input, const Tensor& first, const Tensor& second) {
+  input.copy_(forward(args, input, first, second));
 }
 
 // ---- range_to_scale_offset ----------------------------------------------------------------------
@@ -389,24 +418,28 @@ Pair range_to_scale_offset_backward_meta(const Tensor&, const Tensor&, const Ten
 
 void register_affine_cpu(torch::Library& m) {
   register_affine<affine_forward_cpu, affine_backward_cpu>(m);
+  register_inplace<affine_forward_inplace_cpu>(m);
   m.impl("range_to_scale_offset", range_to_scale_offset_cpu);
   m.impl("range_to_scale_offset_backward", range_to_scale_offset_backward_cpu);
 }
 
 void register_affine_cuda(torch::Library& m) {
   register_affine<affine_forward_cuda, affine_backward_cuda>(m);
+  register_inplace<copied_back<affine_forward_cuda>>(m);
   m.impl("range_to_scale_offset", range_to_scale_offset_cuda);
   m.impl("range_to_scale_offset_backward", range_to_scale_offset_backward_cuda);
 }
 
 void register_affine_composite(torch::Library& m) {
   register_affine<affine_forward_tensor_ops, affine_backward_tensor_ops>(m);
+  register_inplace<copied_back<affine_forward_tensor_ops>>(m);
   m.impl("range_to_scale_offset", range_to_scale_offset_composite);
   m.impl("range_to_scale_offset_backward", range_to_scale_offset_backward_composite);
 }
 
 void register_affine_meta(torch::Library& m) {
   register_affine<affine_forward_meta, affine_backward_meta>(m);
+  register_inplace<copied_back<affine_forward_meta>>(m);
   m.impl("range_to_scale_offset", range_to_scale_offset_meta);
   m.impl("range_to_scale_offset_backward", range_to_scale_offset_backward_meta);
 }

@@ -129,6 +129,9 @@ struct RangeToScaleOffset : torch::autograd::Function<RangeToScaleOffset> {
     context->saved_data["qmax"] = qmax;
     context->saved_data["symmetric"] = symmetric;
     auto [scale, offset] = op().call(min, max, qmin, qmax, symmetric);
+    if (symmetric) {
+      context->mark_non_differentiable({offset});  // a constant
+    }
     return {scale, offset};
   }
 
@@ -157,6 +160,23 @@ RangeToScaleOffset::Pair range_to_scale_offset(const Tensor& min, const Tensor& 
   return {result[0], result[1]};
 }
 
+// For tensors that nobody wants gradients of: those before and after the write are one.
+void quantize_dequantize_range_inplace(Tensor& input, const Tensor& min, const Tensor& max,
+                                       int64_t qmin, int64_t qmax, bool symmetric, double shift,
+                                       Block block) {
+  TORCH_CHECK(!wants_grad(input, min, max),
+              "rimet::quantize_dequantize_range_: the derivative is not implemented: expected no "
+              "tensor that requires a gradient, or torch.no_grad(); quantize_dequantize_range has "
+              "one");
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    RIMET_HANDLE("quantize_dequantize_range_",
+                 void(Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool, double, Block))
+        .call(input, min, max, qmin, qmax, symmetric, shift, block);
+  }
+  input.unsafeGetTensorImpl()->bump_version();
+}
+
 }  // namespace
 
 void register_affine_autograd(torch::Library& m) {
@@ -164,6 +184,7 @@ void register_affine_autograd(torch::Library& m) {
   m.impl("dequantize", autograd<DequantizeOp>);
   m.impl("quantize_dequantize", autograd<QdqOp, int64_t, int64_t, double>);
   m.impl("quantize_dequantize_range", autograd<RangeOp, int64_t, int64_t, bool, double>);
+  m.impl("quantize_dequantize_range_", quantize_dequantize_range_inplace);
   m.impl("range_to_scale_offset", range_to_scale_offset);
 }
 

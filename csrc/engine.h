@@ -125,6 +125,10 @@ int32_t rimet_cuda_range_to_scale_offset_backward(const RimetDevice*, const Rime
 int32_t rimet_cuda_min_max(const RimetDevice*, const RimetView* input, const int64_t* encoding,
                            int64_t encoding_ndim, const int64_t* block, int64_t block_len,
                            void* min, void* max);
+int32_t rimet_cuda_float_forward(const RimetDevice*, const RimetFloat*, const RimetView* input,
+                                 void* output);
+int32_t rimet_cuda_float_backward(const RimetDevice*, const RimetFloat*, const RimetView* input,
+                                  const void* grad, void* grad_input, void* grad_scale);
 
 // schemas.cpp: see there.
 const char* rimet_register_ops();

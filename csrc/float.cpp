@@ -1,6 +1,6 @@
-// float_quantize, float_quantize_dequantize: CPU kernels of the engine, plain tensor ops for
-// devices without kernels of their own, shapes for Meta, and the backward pass, which recomputes
-// what it needs from the input.
+// float_quantize, float_quantize_dequantize: the engine's kernels on CPU and CUDA, plain tensor ops
+// for devices without kernels of their own, shapes for Meta, and the backward pass, which
+// recomputes what it needs from the input.
 
 #include "autograd.h"
 
@@ -66,20 +66,26 @@ Tensor checked_scale(const FloatArgs& args, const Tensor& input, const Tensor& s
   return scale.to(args.compute_type(input.scalar_type())).contiguous();
 }
 
-// ---- CPU ----------------------------------------------------------------------------------------
+// ---- the engine's kernels
+// -----------------------------------------------------------------------
 
-Tensor forward_cpu(const FloatArgs& args, const Tensor& input, const Tensor& scale) {
+// kernel: a device's, as a function of the engine's arguments, which are the same on all.
+
+template <class Kernel>
+Tensor run_forward(const FloatArgs& args, const Tensor& input, const Tensor& scale,
+                   Kernel&& kernel) {
   const Tensor s = checked_scale(args, input, scale);
   const Tensor x = dense(input);
   Tensor output = at::empty_like(x);
   const auto engine = args.engine_args(s.scalar_type(), s.sizes(), s.const_data_ptr());
   const auto view = view_of(x);
-  check_status(rimet_float_forward(&engine, &view, output.data_ptr()), args.name());
+  kernel(&engine, &view, output.data_ptr());
   return output;
 }
 
-Pair backward_cpu(const FloatArgs& args, const Tensor& grad, const Tensor& input,
-                  const Tensor& scale, PairMask mask) {
+template <class Kernel>
+Pair run_backward(const FloatArgs& args, const Tensor& grad, const Tensor& input,
+                  const Tensor& scale, PairMask mask, Kernel&& kernel) {
   const Tensor s = checked_scale(args, input, scale);
   const Tensor x = dense(input);
   const Tensor g = laid_out_as(grad, x);
@@ -87,11 +93,57 @@ Pair backward_cpu(const FloatArgs& args, const Tensor& grad, const Tensor& input
   Tensor grad_scale = mask[1] ? at::empty_like(s) : Tensor();
   const auto engine = args.engine_args(s.scalar_type(), s.sizes(), s.const_data_ptr());
   const auto view = view_of(x);
-  check_status(
-      rimet_float_backward(&engine, &view, g.data_ptr(), mask[0] ? grad_input.data_ptr() : nullptr,
-                           mask[1] ? grad_scale.data_ptr() : nullptr),
-      args.name());
+  kernel(&engine, &view, g.data_ptr(), mask[0] ? grad_input.data_ptr() : nullptr,
+         mask[1] ? grad_scale.data_ptr() : nullptr);
   return {grad_input, mask[1] ? grad_scale.to(scale.scalar_type()) : Tensor()};
+}
+
+Tensor forward_cpu(const FloatArgs& args, const Tensor& input, const Tensor& scale) {
+  return run_forward(args, input, scale, [&](auto... arguments) {
+    check_status(rimet_float_forward(arguments...), args.name());
+  });
+}
+
+Pair backward_cpu(const FloatArgs& args, const Tensor& grad, const Tensor& input,
+                  const Tensor& scale, PairMask mask) {
+  return run_backward(args, grad, input, scale, mask, [&](auto... arguments) {
+    check_status(rimet_float_backward(arguments...), args.name());
+  });
+}
+
+Tensor forward_tensor_ops(const FloatArgs&, const Tensor& input, const Tensor& scale);
+Pair backward_tensor_ops(const FloatArgs&, const Tensor& grad, const Tensor& input,
+                         const Tensor& scale, PairMask);
+
+// float64 arithmetic over other dtypes (formats that float32 does not hold) goes by way of float64
+// tensors: too rare for kernels of its own.
+
+Tensor forward_cuda(const FloatArgs& args, const Tensor& input, const Tensor& scale) {
+  const auto type = input.scalar_type();
+  if (type != at::kDouble && args.compute_type(type) == at::kDouble) {
+    return forward_cuda(args, input.to(at::kDouble), scale).to(type);
+  }
+  CudaCall call(input);
+  bool ran = false;
+  const Tensor output = run_forward(args, input, scale, [&](auto... arguments) {
+    ran = call.ran(rimet_cuda_float_forward(call.device(), arguments...), args.name());
+  });
+  return ran ? output : forward_tensor_ops(args, input, scale);
+}
+
+Pair backward_cuda(const FloatArgs& args, const Tensor& grad, const Tensor& input,
+                   const Tensor& scale, PairMask mask) {
+  const auto type = input.scalar_type();
+  if (type != at::kDouble && args.compute_type(type) == at::kDouble) {
+    auto [x, s] = backward_cuda(args, grad.to(at::kDouble), input.to(at::kDouble), scale, mask);
+    return {mask[0] ? x.to(type) : x, s};
+  }
+  CudaCall call(input);
+  bool ran = false;
+  const Pair grads = run_backward(args, grad, input, scale, mask, [&](auto... arguments) {
+    ran = call.ran(rimet_cuda_float_backward(call.device(), arguments...), args.name());
+  });
+  return ran ? grads : backward_tensor_ops(args, grad, input, scale, mask);
 }
 
 // ---- plain tensor ops: the same operations in the same order as src/kernels/cpu/float.rs
@@ -278,6 +330,7 @@ Tensor autograd(const Tensor& input, const Tensor& scale, int64_t exponent_bits,
 }  // namespace
 
 void register_float_cpu(torch::Library& m) { register_float<forward_cpu, backward_cpu>(m); }
+void register_float_cuda(torch::Library& m) { register_float<forward_cuda, backward_cuda>(m); }
 void register_float_composite(torch::Library& m) {
   register_float<forward_tensor_ops, backward_tensor_ops>(m);
 }

@@ -125,6 +125,7 @@ void register_affine_composite(torch::Library&);
 void register_affine_meta(torch::Library&);
 void register_affine_autograd(torch::Library&);
 void register_float_cpu(torch::Library&);
+void register_float_cuda(torch::Library&);
 void register_float_composite(torch::Library&);
 void register_float_meta(torch::Library&);
 void register_float_autograd(torch::Library&);

@@ -27,6 +27,8 @@ const char* const kSchemas[] = {
     " float zero_point_shift=0., int[]? block_size=None) -> Tensor",
     "quantize_dequantize_range(Tensor input, Tensor min, Tensor max, int qmin, int qmax,"
     " bool symmetric, float zero_point_shift=0., int[]? block_size=None) -> Tensor",
+    "quantize_dequantize_range_(Tensor(a!) input, Tensor min, Tensor max, int qmin, int qmax,"
+    " bool symmetric, float zero_point_shift=0., int[]? block_size=None) -> ()",
     "range_to_scale_offset(Tensor min, Tensor max, int qmin, int qmax, bool symmetric)"
     " -> (Tensor scale, Tensor offset)",
     "min_max(Tensor input, int[] shape, int[]? block_size=None) -> (Tensor min, Tensor max)",
@@ -100,6 +102,7 @@ void register_all() {
   // Where no CUDA kernel can be had, these go on with tensor ops themselves.
   auto& cuda = library(torch::Library::IMPL, c10::DispatchKey::CUDA);
   register_affine_cuda(cuda);
+  register_float_cuda(cuda);
   register_min_max_cuda(cuda);
 
   // Devices without kernels of their own take plain tensor ops.
@@ -140,7 +143,7 @@ void register_all() {
     auto& autocast = library(torch::Library::IMPL, key);
     for (const char* name :
          {"quantize", "dequantize", "quantize_dequantize", "quantize_dequantize_range",
-          "float_quantize", "float_quantize_dequantize"}) {
+          "quantize_dequantize_range_", "float_quantize", "float_quantize_dequantize"}) {
       autocast.impl(name, torch::CppFunction::makeFallthrough());
     }
   }

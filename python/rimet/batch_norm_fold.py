@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard
 from torch import nn
 
 from rimet import _core
-from rimet._graph import example_inputs
+from rimet._graph import Recording, example_inputs
 from rimet._graph.parameters import (
     LAYERS,
     Layer,
@@ -86,19 +86,20 @@ def fold_all_batch_norms(
     Raises:
         ValueError: neither ``input_shapes`` nor ``dummy_input``.
     """
-    folds = fold_all(model, input_shapes, dummy_input)
+    folds, _ = fold_all(model, input_shapes, dummy_input)
     return folds.backward + [(layer, norm) for norm, layer in folds.forward]
 
 
-def fold_all(model: nn.Module, input_shapes: Any, dummy_input: Any) -> Folds:
-    """:func:`fold_all_batch_norms` that says which folds were made in which direction."""
-    folds = _find(model, input_shapes, dummy_input)
+def fold_all(model: nn.Module, input_shapes: Any, dummy_input: Any) -> tuple[Folds, Recording]:
+    """:func:`fold_all_batch_norms` that says which folds were made in which direction, and hands on
+    the record (of the model before folding)."""
+    folds, recording = _find(model, input_shapes, dummy_input)
     _fold(model, folds.backward, folds.forward)
     for norm in folds.standalone:
         # The ranges of a quantized norm belong to the parameters it has; a frozen one has none.
         if not isinstance(norm, BaseQuantizationMixin) and not is_frozen_batch_norm(norm):
             _to_affine_form(norm)
-    return folds
+    return folds, recording
 
 
 def find_all_batch_norms_to_fold(
@@ -110,7 +111,7 @@ def find_all_batch_norms_to_fold(
 
     Arguments and errors as there; the model is left as it is.
     """
-    folds = _find(model, input_shapes, dummy_input)
+    folds, _ = _find(model, input_shapes, dummy_input)
     return folds.backward, folds.forward
 
 
@@ -201,10 +202,10 @@ def fold_all_batch_norms_to_scale(sim: QuantizationSimModel) -> list[Pair]:
     return folds.backward
 
 
-def _find(model: nn.Module, input_shapes: Any, dummy_input: Any) -> Folds:
+def _find(model: nn.Module, input_shapes: Any, dummy_input: Any) -> tuple[Folds, Recording]:
     args, kwargs = example_inputs(model, input_shapes, dummy_input)
     recording = record_model(model, args, kwargs)
-    return _match(model, recording.graph, recording.modules)
+    return _match(model, recording.graph, recording.modules), recording
 
 
 def _match(model: nn.Module, graph: _core.Graph, modules: dict[str, nn.Module]) -> Folds:

@@ -73,8 +73,11 @@ def equalize_model(
     Raises:
         ValueError: neither ``input_shapes`` nor ``dummy_input``.
     """
-    folds = fold_all(model, input_shapes, dummy_input)
-    equalize_bn_folded_model(model, input_shapes, folds.backward, dummy_input)
+    folds, recording = fold_all(model, input_shapes, dummy_input)
+    norms = [*(norm for _, norm in folds.backward), *(norm for norm, _ in folds.forward)]
+    # The fold's record serves here, too: the model need not run again.
+    infos = _scale(GraphSearchUtils._of_recording(model, recording, norms))
+    HighBiasFold.bias_fold(infos, dict(folds.backward))  # type: ignore[arg-type]
 
 
 def equalize_bn_folded_model(
@@ -110,8 +113,10 @@ def equalize_norm_linears(
         ``(norm, linears)`` of what was equalized: norms with a weight per channel that feed nothing
         but Linears, which share their parameters with nobody.
     """
-    recording, fixed = _recorded(model, input_shapes, dummy_input)
+    args, kwargs = example_inputs(model, input_shapes, dummy_input)
+    recording = record_model(model, args, kwargs)
     modules = recording.modules
+    fixed = list(entangled(model, recording.graph, modules))
     done: list[tuple[nn.Module, list[nn.Linear]]] = []
     for path, paths in _core.find_norm_linears(recording.graph, fixed):
         norm, linears = modules[path], [modules[p] for p in paths]
@@ -146,9 +151,26 @@ class GraphSearchUtils:
         input_shapes: tuple[int, ...] | list[tuple[int, ...]] | None,
         dummy_input: Any = None,
     ) -> None:
-        recording, fixed = _recorded(model, input_shapes, dummy_input)
-        groups = _core.find_layer_groups_to_scale(recording.graph, fixed)
-        modules = recording.modules
+        args, kwargs = example_inputs(model, input_shapes, dummy_input)
+        self._search(model, record_model(model, args, kwargs), ())
+
+    @classmethod
+    def _of_recording(
+        cls, model: nn.Module, recording: Recording, folded: Iterable[nn.Module]
+    ) -> GraphSearchUtils:
+        """A search on a record made before the normalizations ``folded`` went out of the model."""
+        search = cls.__new__(cls)
+        search._search(model, recording, folded)
+        return search
+
+    def _search(self, model: nn.Module, recording: Recording, folded: Iterable[nn.Module]) -> None:
+        gone = set(folded)
+        modules = {path: m for path, m in recording.modules.items() if m not in gone}
+        groups = _core.find_layer_groups_to_scale(
+            recording.graph,
+            list(entangled(model, recording.graph, modules)),
+            [path for path, m in recording.modules.items() if m in gone],
+        )
         self._groups: list[list[ClsSupportedLayer]] = [
             [modules[path] for path, _ in group]  # type: ignore[misc]
             for group in groups
@@ -216,16 +238,7 @@ class CrossLayerScaling:
         Returns:
             What was done, set by set, in the order in which it was done.
         """
-        search = GraphSearchUtils(model, input_shapes, dummy_input)
-        sets = [
-            cls_set
-            for group in search.find_layer_groups_to_scale()
-            for cls_set in search.convert_layer_group_to_cls_sets(group)
-        ]
-        factors = CrossLayerScaling().scale_cls_sets(sets)
-        return CrossLayerScaling.create_cls_set_info_list(
-            sets, factors, search.is_relu_activation_present_in_cls_sets(sets)
-        )
+        return _scale(GraphSearchUtils(model, input_shapes, dummy_input))
 
     def scale_cls_sets(self, cls_sets: Sequence[ClsSet]) -> list[ScaleFactor]:
         """Equalizes sets one after the other; see :meth:`scale_cls_set`."""
@@ -349,8 +362,14 @@ def get_ordered_list_of_conv_modules(model: nn.Module, dummy_input: Any) -> list
     return [entry for entry in listed if isinstance(entry[1], cls_supported_layers)]
 
 
-def _recorded(model: nn.Module, input_shapes: Any, dummy_input: Any) -> tuple[Recording, list[str]]:
-    """The record of a model, and the paths whose parameters are not to be touched."""
-    args, kwargs = example_inputs(model, input_shapes, dummy_input)
-    recording = record_model(model, args, kwargs)
-    return recording, list(entangled(model, recording.graph, recording.modules))
+def _scale(search: GraphSearchUtils) -> list[ClsSetInfo]:
+    """Equalizes every set of layers that a search found."""
+    sets = [
+        cls_set
+        for group in search.find_layer_groups_to_scale()
+        for cls_set in search.convert_layer_group_to_cls_sets(group)
+    ]
+    factors = CrossLayerScaling().scale_cls_sets(sets)
+    return CrossLayerScaling.create_cls_set_info_list(
+        sets, factors, search.is_relu_activation_present_in_cls_sets(sets)
+    )

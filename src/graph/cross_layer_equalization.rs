@@ -27,9 +27,26 @@ pub struct Member {
 /// of execution.
 ///
 /// Each layer ran once, and nothing else sees the tensors between two of them ([`Flow::sole_consumer`]).
-/// Modules in `fixed` keep their parameters and take no part.
-pub fn layer_groups(graph: &Graph, fixed: &HashSet<ModuleId>) -> Vec<Vec<Member>> {
+/// Modules in `fixed` keep their parameters and take no part. Those in `folded` are looked through: batch
+/// normalizations that have been folded into a layer since the graph was recorded.
+pub fn layer_groups(
+    graph: &Graph,
+    fixed: &HashSet<ModuleId>,
+    folded: &HashSet<ModuleId>,
+) -> Vec<Vec<Member>> {
     let flow = Flow::new(graph);
+    let is_folded = |node: NodeId| {
+        graph.nodes[node]
+            .module
+            .is_some_and(|m| folded.contains(&m))
+    };
+    let consumer = |node: NodeId| {
+        let mut next = flow.sole_consumer(node);
+        while next.is_some_and(is_folded) {
+            next = next.and_then(|node| flow.sole_consumer(node));
+        }
+        next
+    };
     let layer = |node: NodeId| {
         graph.nodes[node].module.filter(|m| {
             let module = &graph.modules[*m];
@@ -51,10 +68,10 @@ pub fn layer_groups(graph: &Graph, fixed: &HashSet<ModuleId>) -> Vec<Vec<Member>
         let mut next = Some(start);
         while let Some((node, id)) = next.and_then(|node| Some((node, layer(node)?))) {
             taken.insert(node);
-            next = flow.sole_consumer(node);
+            next = consumer(node);
             let activation = next.is_some_and(is_activation);
             while next.is_some_and(is_activation) {
-                next = next.and_then(|node| flow.sole_consumer(node));
+                next = next.and_then(consumer);
             }
             group.push(Member {
                 layer: id,
@@ -172,7 +189,7 @@ mod tests {
         let named = |p: &[(&str, bool)]| -> Vec<(String, bool)> {
             p.iter().map(|&(n, a)| (n.to_owned(), a)).collect()
         };
-        let groups = layer_groups(&graph, &HashSet::new());
+        let groups = layer_groups(&graph, &HashSet::new(), &HashSet::new());
         assert_eq!(
             paths(&graph, &groups),
             [
@@ -183,11 +200,33 @@ mod tests {
             ]
         );
         let fixed = HashSet::from([graph.module("b").unwrap()]);
-        let groups = layer_groups(&graph, &fixed);
+        let groups = layer_groups(&graph, &fixed, &HashSet::new());
         assert_eq!(
             paths(&graph, &groups)[..2],
             [named(&[("a", true)]), named(&[("c", false)])]
         );
+    }
+
+    #[test]
+    fn folded_norms_are_looked_through() {
+        let mut net = Net::new();
+        let x = net.input();
+        let a = net.add(conv("a", 1), &[x]);
+        let n = net.add(norm("n"), &[a]);
+        let r = net.add(module("r", "nn.ReLU"), &[n]);
+        let m = net.add(norm("m"), &[r]);
+        let b = net.add(conv("b", 1), &[m]);
+        let graph = net.finish(b);
+        let id = |path: &str| graph.module(path).unwrap();
+        let groups = |folded: &[&str]| {
+            let folded = folded.iter().map(|p| id(p)).collect();
+            paths(&graph, &layer_groups(&graph, &HashSet::new(), &folded))
+        };
+        let a = ("a".to_owned(), true);
+        let b = ("b".to_owned(), false);
+        assert_eq!(groups(&["n", "m"]), [vec![a.clone(), b.clone()]]);
+        assert_eq!(groups(&["n"]), [vec![a], vec![b.clone()]]);
+        assert_eq!(groups(&[]), [vec![("a".to_owned(), false)], vec![b]]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! `rimet_last_error`. No panic crosses.
 
 use super::cpu::affine::{self, AffineOp, Encodings};
-use super::cpu::{self, isa, Compute, Element, RangeGradient};
+use super::cpu::{self, elementwise, isa, Compute, Element, ScaleOffsetGradients};
 use crate::encoding::{AffineGrid, BlockGeometry};
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -12,7 +12,7 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-mod float;
+pub(super) mod float;
 mod grouped_block;
 
 /// Status codes of the boundary.
@@ -117,6 +117,20 @@ macro_rules! for_types {
 }
 use for_types;
 
+/// Evaluates an expression with `$c` as the compute type.
+macro_rules! for_compute {
+    ($double:expr, $c:ident => $body:expr) => {
+        if $double {
+            type $c = f64;
+            $body
+        } else {
+            type $c = f32;
+            $body
+        }
+    };
+}
+pub(super) use for_compute;
+
 mod ptq;
 
 /// # Safety
@@ -128,6 +142,30 @@ unsafe fn integers<'a>(p: *const i64, n: i64) -> &'a [i64] {
         // SAFETY: by the contract.
         unsafe { std::slice::from_raw_parts(p, n as usize) }
     }
+}
+
+/// An array that C++ gives, which may be null where it has no elements.
+///
+/// # Safety
+/// `p` points to `n` elements, or `n` is 0.
+unsafe fn slice<'a, C>(p: *const c_void, n: usize) -> &'a [C] {
+    if n == 0 {
+        return &[];
+    }
+    // SAFETY: by the contract.
+    unsafe { std::slice::from_raw_parts(p.cast(), n) }
+}
+
+/// As [`slice`], to be written.
+///
+/// # Safety
+/// As for [`slice`], and nothing else reads or writes the elements meanwhile.
+unsafe fn slice_mut<'a, C>(p: *mut c_void, n: usize) -> &'a mut [C] {
+    if n == 0 {
+        return &mut [];
+    }
+    // SAFETY: by the contract.
+    unsafe { std::slice::from_raw_parts_mut(p.cast(), n) }
 }
 
 impl View {
@@ -229,17 +267,8 @@ impl Affine {
         n: usize,
         body: impl FnOnce(Encodings<'_, C>) -> R,
     ) -> R {
-        // SAFETY: by the contract. The pointers may be null where there are no elements.
-        let (first, second): (&[C], &[C]) = if n == 0 {
-            (&[], &[])
-        } else {
-            unsafe {
-                (
-                    std::slice::from_raw_parts(self.first.cast(), n),
-                    std::slice::from_raw_parts(self.second.cast(), n),
-                )
-            }
-        };
+        // SAFETY: by the contract.
+        let (first, second) = unsafe { (slice(self.first, n), slice(self.second, n)) };
         if self.is_range == 0 {
             return body(Encodings {
                 scale: first,
@@ -315,60 +344,57 @@ unsafe fn backward<T: Element<C>, C: Compute>(
     grad_first: *mut c_void,
     grad_second: *mut c_void,
 ) -> Result<()> {
-    unsafe fn gradients<O: AffineOp, T: Element<C>, C: Compute>(
-        geometry: &BlockGeometry,
-        encodings: Encodings<'_, C>,
-        grid: &AffineGrid,
-        pointers: (*const T, *const T, *mut T),
-    ) -> Vec<(f64, f64)> {
-        // SAFETY: handed on.
+    /// The first `N` gradients of an op's encodings, from the kernel to their places.
+    ///
+    /// # Safety
+    /// As for the caller.
+    unsafe fn write<O: AffineOp, T: Element<C>, C: Compute, const N: usize>(
+        affine: &Affine,
+        input: &View,
+        (grad, grad_input): (*const c_void, *mut c_void),
+        [first, second]: [*mut C; 2],
+    ) -> Result<()> {
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        let (g, x) = (grad.cast::<T>(), input.data.cast_const().cast());
+        // SAFETY: by the contract; `first`, `second` and the places of their gradients hold one element for
+        // each group.
         unsafe {
-            affine::backward::<O, T, C>(
-                geometry, encodings, grid, pointers.0, pointers.1, pointers.2,
-            )
-        }
-    }
-    let grid = affine.grid()?;
-    // SAFETY: by the contract of the callers, here and below.
-    let geometry = unsafe { affine.geometry(input)? };
-    let n = geometry.num_groups();
-    let pointers = (
-        grad.cast::<T>(),
-        input.data.cast::<T>().cast_const(),
-        grad_input.cast::<T>(),
-    );
-    let mut sums = unsafe {
-        affine.with_encodings::<C, _>(&grid, n, |encodings| match affine.op {
-            0 => gradients::<affine::Quantize, T, C>(&geometry, encodings, &grid, pointers),
-            1 => gradients::<affine::Dequantize, T, C>(&geometry, encodings, &grid, pointers),
-            _ => {
-                gradients::<affine::QuantizeDequantize, T, C>(&geometry, encodings, &grid, pointers)
+            let geometry = affine.geometry(input)?;
+            let n = geometry.num_groups();
+            let sums: Vec<[f64; N]> = affine.with_encodings::<C, _>(&grid, n, |encodings| {
+                affine::backward::<O, T, C, N>(&geometry, encodings, &grid, g, x, grad_input.cast())
+            });
+            if affine.is_range == 0 {
+                elementwise::write_sums(&sums, &[first, second]);
+            } else {
+                let (min, max) = (slice(affine.first, n), slice(affine.second, n));
+                let sums = ScaleOffsetGradients::Sums(&sums);
+                let places = [first, second];
+                cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, sums, places);
             }
-        })
+        }
+        Ok(())
+    }
+    let (gradients, places) = ((grad, grad_input), [grad_first.cast(), grad_second.cast()]);
+    // Symmetric ranges have a constant offset.
+    let offset_too = if affine.is_range == 0 {
+        !grad_second.is_null()
+    } else {
+        affine.symmetric == 0
     };
-    if affine.is_range != 0 && n > 0 {
-        let rule = RangeGradient::<C>::new(&grid, affine.symmetric != 0);
-        // SAFETY: `first` and `second` hold `n` elements of the compute type.
-        let (min, max) = unsafe {
-            (
-                std::slice::from_raw_parts(affine.first.cast::<C>(), n),
-                std::slice::from_raw_parts(affine.second.cast::<C>(), n),
-            )
-        };
-        rule.apply_all(min, max, &mut sums);
-    }
-    for (i, sum) in sums.iter().enumerate() {
-        // SAFETY: the outputs hold one element for each of the sums.
-        unsafe {
-            if !grad_first.is_null() {
-                grad_first.cast::<C>().add(i).write(C::from_f64(sum.0));
+    // SAFETY: handed on.
+    unsafe {
+        match (affine.op, offset_too) {
+            (0, _) => write::<affine::Quantize, T, C, 2>(affine, input, gradients, places),
+            (1, _) => write::<affine::Dequantize, T, C, 2>(affine, input, gradients, places),
+            (_, true) => {
+                write::<affine::QuantizeDequantize, T, C, 2>(affine, input, gradients, places)
             }
-            if !grad_second.is_null() {
-                grad_second.cast::<C>().add(i).write(C::from_f64(sum.1));
+            (_, false) => {
+                write::<affine::QuantizeDequantize, T, C, 1>(affine, input, gradients, places)
             }
         }
     }
-    Ok(())
 }
 
 /// The gradients of `rimet_affine_forward`. Null pointers stand for gradients that are not wanted.
@@ -422,30 +448,16 @@ pub unsafe extern "C" fn rimet_range_to_scale_offset(
     scale: *mut c_void,
     offset: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute>(
-        affine: &Affine,
-        n: usize,
-        scale: *mut c_void,
-        offset: *mut c_void,
-    ) -> Result<()> {
-        let grid = affine.grid()?;
-        // SAFETY: by the contract; the outputs hold `n` elements.
-        unsafe {
-            affine.with_encodings::<C, _>(&grid, n, |e| {
-                std::ptr::copy_nonoverlapping(e.scale.as_ptr(), scale.cast(), n);
-                std::ptr::copy_nonoverlapping(e.offset.as_ptr(), offset.cast(), n);
-            });
-        }
-        Ok(())
-    }
-    // SAFETY: by the contract.
+    // SAFETY: by the contract; every array holds `n` elements.
     status(|| unsafe {
-        let affine = &*affine;
-        if affine.double_compute != 0 {
-            write::<f64>(affine, n as usize, scale, offset)
-        } else {
-            write::<f32>(affine, n as usize, scale, offset)
-        }
+        let (affine, n) = (&*affine, n as usize);
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        for_compute!(affine.double_compute != 0, C => {
+            let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
+            let (scale, offset) = (slice_mut(scale, n), slice_mut(offset, n));
+            cpu::range_to_scale_offset(min, max, &grid, symmetric, scale, offset);
+        });
+        Ok(())
     })
 }
 
@@ -462,37 +474,18 @@ pub unsafe extern "C" fn rimet_range_to_scale_offset_backward(
     grad_min: *mut c_void,
     grad_max: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute>(
-        affine: &Affine,
-        n: usize,
-        incoming: [*const c_void; 2],
-        outgoing: [*mut c_void; 2],
-    ) -> Result<()> {
-        let rule = RangeGradient::<C>::new(&affine.grid()?, affine.symmetric != 0);
-        for i in 0..n {
-            // SAFETY: by the contract, every array holds `n` elements.
-            unsafe {
-                let (gmin, gmax) = rule.apply(
-                    affine.first.cast::<C>().add(i).read(),
-                    affine.second.cast::<C>().add(i).read(),
-                    incoming[0].cast::<C>().add(i).read().to_f64(),
-                    incoming[1].cast::<C>().add(i).read().to_f64(),
-                );
-                outgoing[0].cast::<C>().add(i).write(C::from_f64(gmin));
-                outgoing[1].cast::<C>().add(i).write(C::from_f64(gmax));
-            }
-        }
-        Ok(())
-    }
-    // SAFETY: by the contract.
+    // SAFETY: by the contract; every array holds `n` elements.
     status(|| unsafe {
-        let affine = &*affine;
-        let (incoming, outgoing) = ([grad_scale, grad_offset], [grad_min, grad_max]);
-        if affine.double_compute != 0 {
-            write::<f64>(affine, n as usize, incoming, outgoing)
-        } else {
-            write::<f32>(affine, n as usize, incoming, outgoing)
-        }
+        let (affine, n) = (&*affine, n as usize);
+        let (grid, symmetric) = (affine.grid()?, affine.symmetric != 0);
+        for_compute!(affine.double_compute != 0, C => {
+            let (min, max) = (slice::<C>(affine.first, n), slice(affine.second, n));
+            let incoming =
+                ScaleOffsetGradients::<C, 2>::Arrays(slice(grad_scale, n), slice(grad_offset, n));
+            let outgoing = [grad_min.cast(), grad_max.cast()];
+            cpu::range_to_scale_offset_backward(min, max, &grid, symmetric, incoming, outgoing);
+        });
+        Ok(())
     })
 }
 

@@ -1,6 +1,7 @@
 //! Convolutions and linear layers under one view.
 
 use crate::error::{Error, Result};
+use crate::ops;
 use tch::{Kind, Tensor};
 
 /// Elements that are worked on at a time.
@@ -76,12 +77,10 @@ impl Layer {
         self.groups == self.in_channels() && self.groups == self.out_channels()
     }
 
-    /// The weight in float64 as `[groups, out_channels / groups, in_channels / groups, taps]`, whatever the
-    /// kind of layer.
+    /// The weight as `[groups, out_channels / groups, in_channels / groups, taps]`, whatever the kind of layer.
     pub(super) fn grouped(&self) -> Result<Tensor> {
         let size = self.weight.size();
-        let weight = self.weight.f_to_kind(Kind::Double)?;
-        let view = weight.f_reshape([
+        let view = self.weight.f_reshape([
             self.groups,
             size[0] / self.groups,
             size[1],
@@ -97,21 +96,21 @@ impl Layer {
     /// Largest magnitude among the weights of each channel, float64: `[out_channels]` or `[in_channels]`.
     pub(super) fn range(&self, channels: Channels) -> Result<Tensor> {
         let size = self.weight.size();
-        let view = self.weight.f_reshape([
+        let shape = [
             self.groups,
             size[0] / self.groups,
             size[1],
             size[2..].iter().product(),
-        ])?;
-        let others: [i64; 2] = if (channels == Channels::Output) != self.transposed {
-            [2, 3]
+        ];
+        let view = self.weight.f_reshape(shape)?;
+        let per_channel = if (channels == Channels::Output) != self.transposed {
+            [shape[0], shape[1], 1, 1]
         } else {
-            [1, 3]
+            [shape[0], 1, shape[2], 1]
         };
-        let low = view.f_amin(others.as_slice(), false)?.f_neg()?;
-        Ok(view
-            .f_amax(others.as_slice(), false)?
-            .f_maximum(&low)?
+        let (low, high) = ops::min_max(&view, &per_channel, None)?;
+        Ok(high
+            .f_maximum(&low.f_neg()?)?
             .f_flatten(0, -1)?
             .f_to_kind(Kind::Double)?)
     }
@@ -135,20 +134,15 @@ impl Layer {
                 .f_reshape(shape)?
         };
         let scaled = self.weight.f_empty_like()?;
-        // A few rows at a time, so that the float64 copy stays in the cache.
-        let row = size[1..].iter().product::<i64>().max(1);
-        let rows = (CHUNK / row).max(1);
         let mut start = 0;
-        while start < size[0] {
-            let length = rows.min(size[0] - start);
-            let product = self
-                .weight
-                .f_narrow(0, start, length)?
-                .f_to_kind(Kind::Double)?
-                .f_mul(&factors.f_narrow(0, start, length)?)?;
+        in_chunks(&self.weight, |rows| {
+            let length = rows.size()[0];
+            let factors = factors.f_narrow(0, start, length)?;
+            let product = rows.f_to_kind(Kind::Double)?.f_mul(&factors)?;
             scaled.f_narrow(0, start, length)?.f_copy_(&product)?;
             start += length;
-        }
+            Ok(())
+        })?;
         Ok(scaled)
     }
 
@@ -163,12 +157,37 @@ impl Layer {
     /// What the layer puts out where every input element of channel `i` is `input[i]`, without the bias:
     /// `[out_channels]`. True at the border only if nothing is padded.
     pub(super) fn response(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(
-            (self.grouped()? * input.f_reshape([self.groups, 1, -1, 1])?)
-                .f_sum_dim_intlist([2_i64, 3].as_slice(), false, Kind::Double)?
-                .f_reshape([self.out_channels()])?,
-        )
+        let weight = self.grouped()?;
+        let [groups, out, inputs, taps] = weight.size()[..] else {
+            unreachable!("four dimensions")
+        };
+        let weight = weight.f_reshape([groups * out, inputs, taps])?;
+        let sums = in_chunks(&weight, |rows| {
+            Ok(rows.f_to_kind(Kind::Double)?.f_sum_dim_intlist(
+                [2_i64].as_slice(),
+                false,
+                Kind::Double,
+            )?)
+        })?;
+        Ok(Tensor::f_cat(&sums, 0)?
+            .f_reshape([groups, out, inputs])?
+            .f_matmul(
+                &input
+                    .f_to_kind(Kind::Double)?
+                    .f_reshape([groups, inputs, 1])?,
+            )?
+            .f_reshape([self.out_channels()])?)
     }
+}
+
+/// `run` on a few rows of `tensor` at a time, so that float64 copies of them stay in the cache.
+fn in_chunks<R>(tensor: &Tensor, mut run: impl FnMut(Tensor) -> Result<R>) -> Result<Vec<R>> {
+    let size = tensor.size();
+    let rows = (CHUNK / size[1..].iter().product::<i64>().max(1)).max(1);
+    (0..size[0])
+        .step_by(rows as usize)
+        .map(|start| run(tensor.f_narrow(0, start, rows.min(size[0] - start))?))
+        .collect()
 }
 
 #[cfg(test)]

@@ -9,15 +9,17 @@ use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 use tch::no_grad;
 
-/// Groups of layers, each as (path, whether an activation follows).
+/// Groups of layers, each as (path, whether an activation follows). `folded`: batch normalizations folded
+/// since the graph was recorded.
 #[pyfunction]
 fn find_layer_groups_to_scale(
     py: Python<'_>,
     graph: &Graph,
     fixed: Vec<String>,
+    folded: Vec<String>,
 ) -> Vec<Vec<(String, bool)>> {
-    let fixed = module_ids(graph, &fixed);
-    let groups = py.allow_threads(|| layer_groups(&graph.graph, &fixed));
+    let (fixed, folded) = (module_ids(graph, &fixed), module_ids(graph, &folded));
+    let groups = py.allow_threads(|| layer_groups(&graph.graph, &fixed, &folded));
     let path = |id: usize| graph.graph.modules[id].path.clone();
     groups
         .into_iter()

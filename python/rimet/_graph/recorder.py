@@ -101,11 +101,16 @@ def _storage_key(tensor: torch.Tensor) -> int:
         return 0
 
 
+# Activations have been seen at some ten thousands; masks are filled with -1e9, -1e10, or the least
+# number there is.
+_LARGEST_ACTIVATION = 1e8
+
+
 def _is_unbounded(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds infinities, or numbers as large as masks are filled with."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
         return False
-    limit = torch.finfo(tensor.dtype).max / 4
+    limit = min(torch.finfo(tensor.dtype).max / 4, _LARGEST_ACTIVATION)
     low, high = torch.aminmax(tensor)
     return bool(low < -limit) or bool(high > limit)
 

@@ -29,7 +29,7 @@ from rimet.common.torch_functions import canonical_name
 from rimet.nn.base import BaseQuantizationMixin
 from rimet.nn.derived import Derived, derive
 from rimet.nn.nested import map_arguments, map_results
-from rimet.nn.slots import quantize
+from rimet.nn.slots import quantize, quantize_fresh
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,16 @@ _modes = torch._C._len_torch_function_stack
 _mode_at = torch._C._get_function_stack_at
 _push_mode = torch._C._push_on_torch_function_stack
 _pop_mode = torch._C._pop_torch_function_stack
+_get_tracing_state = torch._C._get_tracing_state
+
+
+#: Functions of single tensors that return one torch has just allocated, or else (activations told
+#: to work in place) one of their arguments: the output quantizer may write into it.
+_FRESH = frozenset(
+    "add sub mul div matmul bmm linear conv1d conv2d conv3d relu relu6 gelu silu sigmoid tanh "
+    "softmax hardswish hardsigmoid leaky_relu elu layer_norm group_norm batch_norm rms_norm "
+    "scaled_dot_product_attention".split()
+)
 
 
 class FunctionalOp(BaseQuantizationMixin, nn.Module):
@@ -91,6 +101,11 @@ class FunctionalOp(BaseQuantizationMixin, nn.Module):
         if self.in_place:  # `out`, with which there are no gradients
             return outcome.copy_(self._quantize_result(0, outcome))
         if type(outcome) is Tensor:
+            if self.function in _FRESH:
+                quantizer = self._modules["output_quantizers"]._modules.get("0")
+                if quantizer is None:
+                    return outcome
+                return quantize_fresh(self, quantizer, outcome, (*args, *kwargs.values()))
             return self._quantize_result(0, outcome)
         return map_results(self._quantize_result, outcome)
 
@@ -171,6 +186,8 @@ class FunctionalMode(TorchFunctionMode):
         if frame is not None:
             function = canonical_name(func)
             calls = frame.calls.get(function)  # type: ignore[arg-type]
+            if calls is not None and _get_tracing_state() is not None and _computes_size(args):
+                return func(*args, **kwargs)
             if calls is not None:
                 turn = frame.counts.get(function, 0)  # type: ignore[arg-type]
                 frame.counts[function] = turn + 1  # type: ignore[index]
@@ -184,6 +201,41 @@ class FunctionalMode(TorchFunctionMode):
             elif not torch.compiler.is_compiling():
                 _warn_unrecorded(frame.scope, function, 0)
         return func(*args, **kwargs)
+
+
+# What arithmetic on sizes is made of, as torch.jit.trace writes it down.
+_SIZE_ARITHMETIC = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("add", "sub", "rsub", "mul", "div", "floor_divide", "remainder", "pow", "neg", "abs"),
+        *("floor", "ceil", "to", "detach", "minimum", "maximum"),
+    )
+)
+
+
+def _computes_size(args: tuple[Any, ...]) -> bool:
+    """Whether a call computes a number from sizes of tensors alone.
+
+    Under ``torch.jit.trace`` sizes are tensors, so that ``x.size(1) + 1`` is a torch function; in
+    the recorded run it was a sum of integers, and it does not count.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return bool(tensors) and all(_is_size(tensor) for tensor in tensors)
+
+
+def _is_size(tensor: Tensor) -> bool:
+    if tensor.dim():
+        return False
+    pending, is_size = [torch._C._get_value_trace(tensor)], False  # type: ignore[attr-defined]
+    while pending:
+        node = pending.pop().node()
+        if node.kind() == "prim::NumToTensor":
+            is_size = True
+        elif node.kind() in _SIZE_ARITHMETIC:
+            pending += node.inputs()
+        elif node.kind() != "prim::Constant":
+            return False
+    return is_size
 
 
 _warned: set[tuple[str, str | None]] = set()

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from rimet.nn.base import BaseQuantizationMixin
 from rimet.nn.functional_ops import outside_functional_mode
-from rimet.nn.slots import flatten, plain, quantize, quantize_each
+from rimet.nn.slots import flatten, plain, quantize, quantize_each, quantize_fresh
 from rimet.quantization.tensor import QuantizedTensorBase
 
 __all__ = [
@@ -422,6 +422,7 @@ def build_forward(
     shared_output: bool = False,
     variadic: bool = False,
     pure: bool = False,
+    fresh: bool = False,
     signature: inspect.Signature | None = None,
 ) -> Callable[..., Any]:
     """The forward method of the quantized twin of ``module_cls``.
@@ -432,12 +433,14 @@ def build_forward(
         first one called
     :param call: the module's forward as a function ``call(module, input, *parameters)``, for
         modules with one input. Spares
-        the second object of :func:`run_with_parameters`
+        the second object of :func:`run_with_parameters`. What it returns is always ``fresh``
     :param parameters: names of the parameters that ``call`` takes, ``("weight",)`` or ``("weight",
         "bias")``; empty: the class has none
     :param shared_output: the first output quantizer serves all results
     :param variadic: there may be more inputs than ``inputs``
     :param pure: the original sets no attributes in its forward pass
+    :param fresh: the original returns one tensor that torch has just allocated and nobody else
+        holds, or else one of its arguments; so its output quantizer may write into it
     :param signature: signature under which arguments can be named; by default that of the original
     """
     base_forward: Any = module_cls.forward
@@ -449,12 +452,12 @@ def build_forward(
     if call is not None:
         forward = _forward_call(call, parameters or (), base_forward, inputs, function)
     elif parameters == () and len(inputs) == 1 and not shared_output and not variadic:
-        forward = _forward_unary(base_forward, inputs, function)
+        forward = _forward_unary(base_forward, inputs, function, fresh)
     else:
         arguments = list(own_signature.parameters)[1:]
         skipped = arguments.index(inputs[0]) if inputs and inputs[0] in arguments else 0
         forward = _forward_general(
-            base_forward, inputs, function, shared_output, skipped, parameters == (), pure
+            base_forward, inputs, function, shared_output, skipped, parameters == (), pure, fresh
         )
     if signature is not None:
         forward = _by_position(forward, signature)
@@ -482,6 +485,7 @@ def _forward_general(
     skipped: int,
     stateless: bool,
     pure: bool,
+    fresh: bool,
 ) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _any_kernel and (kernel := self._active_kernel()) is not None:
@@ -492,12 +496,18 @@ def _forward_general(
             output = run_with_parameters(self, base_forward, tensors, args, kwargs, pure)
         else:
             output = base_forward(self, *args, **kwargs)
+        if (
+            fresh
+            and isinstance(output, Tensor)
+            and (quantizer := self._modules["output_quantizers"]._modules["0"]) is not None
+        ):
+            return quantize_fresh(self, quantizer, output, (*args, *kwargs.values()))
         return quantize_outputs(self, output, shared_output)
 
     return forward
 
 
-def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) -> Any:
+def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any, fresh: bool) -> Any:
     """One input, one output, no parameters."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -511,6 +521,7 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) ->
                 x = quantize(self, "input_quantizers", 0, quantizer, x)
             elif type(x) is not Tensor:
                 x = plain(x)
+            args = (x,)
             output = base_forward(self, x)
         else:
             args, kwargs = quantize_arguments(self, inputs, args, kwargs)
@@ -518,9 +529,11 @@ def _forward_unary(base_forward: Any, inputs: tuple[str, ...], function: Any) ->
         quantizer = modules["output_quantizers"]._modules.get("0")
         if quantizer is None:
             return output
-        if isinstance(output, Tensor):
-            return quantize(self, "output_quantizers", 0, quantizer, output)
-        return quantize_outputs(self, output)
+        if not isinstance(output, Tensor):
+            return quantize_outputs(self, output)
+        if fresh:
+            return quantize_fresh(self, quantizer, output, (*args, *kwargs.values()))
+        return quantize(self, "output_quantizers", 0, quantizer, output)
 
     return forward
 
@@ -576,7 +589,7 @@ def _forward_call(
             output = call(self, x, weight, bias)
         quantizer = modules["output_quantizers"]._modules.get("0")
         if quantizer is not None:
-            output = quantize(self, "output_quantizers", 0, quantizer, output)
+            output = quantize_fresh(self, quantizer, output, ())
         return output
 
     return forward

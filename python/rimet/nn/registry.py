@@ -38,6 +38,8 @@ class QuantSpec:
     function: Any = None
     #: Whether the first output quantizer serves all results
     shared_output: bool = False
+    #: Forward returns one tensor that torch has just allocated, or else one of its arguments
+    fresh: bool = False
     #: Number of quantized tensors is that of the arguments (``Concat``)
     variadic: bool = False
 
@@ -106,6 +108,7 @@ def twin(
             shared_output=spec.shared_output,
             variadic=spec.variadic,
             pure=True,
+            fresh=spec.fresh,
             signature=signature,
         )
     attributes.update(namespace or {})

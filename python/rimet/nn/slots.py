@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rimet.quantization.affine import Quantize, dequantize
+from rimet.quantization.affine import Quantize, QuantizeDequantize, dequantize
 from rimet.quantization.tensor import QuantizedTensorBase
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "plain",
     "quantize",
     "quantize_each",
+    "quantize_fresh",
     "values_of_bins",
     "wrong_slot",
 ]
@@ -53,6 +54,24 @@ def quantize(owner: Any, kind: str, key: int | str, quantizer: Any, x: Any) -> A
     if isinstance(quantizer, Quantize):
         return values_of_bins(quantizer, forward(x))
     return forward(x)
+
+
+def quantize_fresh(owner: Any, quantizer: Any, output: Any, inputs: Iterable[Any]) -> Any:
+    """:func:`quantize` of a module's first result, which torch has just allocated if it is none of
+    ``inputs``: nobody else holds it, so a quantizer may write into it.
+
+    :param inputs: arguments of the call. Activations with ``inplace=True`` return one of them
+    """
+    if (
+        type(quantizer) is QuantizeDequantize
+        and type(output) is Tensor
+        and quantizer._may_overwrite()
+        and output.is_floating_point()
+    ):
+        place = output.data_ptr()
+        if not any(isinstance(x, Tensor) and x.data_ptr() == place for x in inputs):
+            return quantizer._overwrite(output)
+    return quantize(owner, "output_quantizers", 0, quantizer, output)
 
 
 def values_of_bins(quantizer: Quantize, bins: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "quantize",
     "quantize_dequantize",
     "quantize_dequantize_range",
+    "quantize_dequantize_range_",
     "range_to_scale_offset",
 ]
 
@@ -25,6 +26,7 @@ quantize = torch.ops.rimet.quantize.default
 dequantize = torch.ops.rimet.dequantize.default
 quantize_dequantize = torch.ops.rimet.quantize_dequantize.default
 quantize_dequantize_range = torch.ops.rimet.quantize_dequantize_range.default
+quantize_dequantize_range_ = torch.ops.rimet.quantize_dequantize_range_.default
 range_to_scale_offset = torch.ops.rimet.range_to_scale_offset.default
 float_quantize = torch.ops.rimet.float_quantize.default
 float_quantize_dequantize = torch.ops.rimet.float_quantize_dequantize.default

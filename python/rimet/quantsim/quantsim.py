@@ -20,6 +20,7 @@ from rimet import _core
 from rimet._graph import Recording, bind_inputs, record
 from rimet._graph.recorder import evaluating
 from rimet.common.defs import QuantizationDataType, QuantScheme
+from rimet.common.quant_utils import get_conv_accum_bounds
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
@@ -459,6 +460,14 @@ class QuantizationSimModel:
         with self._calibrating():
             forward_pass_callback(self.model, *args)
 
+    @staticmethod
+    def prepare_sim_for_compute_encodings(sim: QuantizationSimModel) -> None:
+        """Does nothing but log that it is no longer needed, as in AIMET."""
+        logger.warning(
+            "QuantizationSimModel.prepare_sim_for_compute_encodings is deprecated and does nothing: "
+            "remove the call"
+        )
+
     @contextlib.contextmanager
     def _calibrating(self) -> Iterator[None]:
         seen = [False]
@@ -885,11 +894,13 @@ def load_checkpoint(file_path: str) -> QuantizationSimModel:
     return sim
 
 
-def check_accumulator_overflow(model: nn.Module, quant_bw: int, accum_bw: int) -> tuple[str, float]:
+def check_accumulator_overflow(
+    model: nn.Module, quant_bw: int, accum_bw: int
+) -> tuple[str | None, float]:
     """How much of an integer accumulator the layers of a model can use up.
 
-    For each convolution and linear layer the worst case of ``sum(|w_int| * a_int)`` over one output
-    is taken, with weights on a symmetric and activations on an unsigned grid of ``quant_bw`` bits.
+    Convolutions and linear layers are looked at, each by
+    :func:`rimet.common.quant_utils.get_conv_accum_bounds`.
 
     Args:
         model: a floating-point model.
@@ -897,20 +908,18 @@ def check_accumulator_overflow(model: nn.Module, quant_bw: int, accum_bw: int) -
         accum_bw: bits of the accumulator.
 
     Returns:
-        The name of the layer that needs most, and the part of the accumulator's range that it uses,
-        in percent.
+        The path of the layer that needs most (``None`` without such layers), and the part of the
+        accumulator's range that it can use: above 1, it can overflow. Layers that can are logged.
     """
-    worst, most = "", 0.0
-    limit = 2.0 ** (accum_bw - 1)
-    for name, module in model.named_modules():
+    worst, most = None, 0.0
+    for path, module in model.named_modules():
         if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
             continue
-        weight = module.weight.detach().double().flatten(1)
-        largest = weight.abs().max()
-        if largest == 0:
-            continue
-        steps = (weight * ((2 ** (quant_bw - 1) - 1) / largest)).round()
-        total = steps.abs().sum(1).max().item() * (2**quant_bw - 1)
-        if total / limit > most:
-            worst, most = name, total / limit
-    return worst, most * 100.0
+        exceeded, used = get_conv_accum_bounds(
+            module.weight.detach().cpu().double().numpy(), quant_bw, accum_bw
+        )
+        if exceeded:
+            logger.info("%s: its accumulator can overflow (%.0f%%)", path, 100 * used)
+        if used > most:
+            worst, most = path, used
+    return worst, most

@@ -12,6 +12,7 @@ pub const LANES: usize = 16;
 pub trait Compute:
     Copy
     + Element<Self>
+    + Element<f64>
     + Default
     + Send
     + Sync
@@ -25,8 +26,12 @@ pub trait Compute:
 {
     /// Sixteen of them in the registers of an instruction set.
     type V<S: Simd>: Vector<Self>;
+    /// Bits of the mantissa that are stored: 23 or 52.
+    const MANTISSA_BITS: u32;
     /// Zero.
     const ZERO: Self;
+    /// All bits but the sign's.
+    const MAGNITUDE: Self;
     /// Positive infinity.
     const INFINITY: Self;
     /// Not a number.
@@ -39,6 +44,16 @@ pub trait Compute:
     /// would be a call per element. (`cfg!(target_feature)` does not see what a function switches on,
     /// so the instruction set says it.)
     fn round<S: Simd>(self) -> Self;
+    /// The number with these bits; those that it has not are dropped.
+    fn from_bits(bits: u64) -> Self;
+    /// The bits that both have.
+    fn bits_and(self, other: Self) -> Self;
+    /// The bits that either has.
+    fn bits_or(self, other: Self) -> Self;
+    /// Sum of the bits as integers, modulo their number.
+    fn bits_add(self, other: Self) -> Self;
+    /// The bits, `n` places lower; `n` is less than their number.
+    fn bits_shift_right(self, n: u32) -> Self;
     /// Whether this is NaN.
     fn is_nan(self) -> bool;
     /// `x` limited to `low..=high`; NaN stays NaN (compare and select, not min/max).
@@ -53,72 +68,68 @@ pub trait Compute:
     }
 }
 
-impl Compute for f32 {
-    type V<S: Simd> = S::F32;
-    const ZERO: Self = 0.0;
-    const INFINITY: Self = f32::INFINITY;
-    const NAN: Self = f32::NAN;
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-    #[inline(always)]
-    fn to_f64(self) -> f64 {
-        f64::from(self)
-    }
-    #[inline(always)]
-    fn round<S: Simd>(self) -> Self {
-        if S::HAS_ROUND {
-            return self.round_ties_even();
+macro_rules! compute {
+    ($c:ident, $vector:ident, $bits:ty, $magic:literal) => {
+        impl Compute for $c {
+            type V<S: Simd> = S::$vector;
+            const MANTISSA_BITS: u32 = $c::MANTISSA_DIGITS - 1;
+            const ZERO: Self = 0.0;
+            const MAGNITUDE: Self = $c::from_bits(<$bits>::MAX >> 1);
+            const INFINITY: Self = $c::INFINITY;
+            const NAN: Self = $c::NAN;
+            #[inline(always)]
+            fn from_f64(value: f64) -> Self {
+                value as $c
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+            #[inline(always)]
+            fn round<S: Simd>(self) -> Self {
+                if S::HAS_ROUND {
+                    return self.round_ties_even();
+                }
+                // Adding and taking away 2^23 (2^52) rounds to an integer in the current (nearest, even)
+                // mode.
+                const MAGIC: $c = $magic;
+                let magnitude = self.abs();
+                let rounded = ((magnitude + MAGIC) - MAGIC).copysign(self);
+                if magnitude < MAGIC {
+                    rounded
+                } else {
+                    self
+                }
+            }
+            #[inline(always)]
+            fn from_bits(bits: u64) -> Self {
+                $c::from_bits(bits as $bits)
+            }
+            #[inline(always)]
+            fn bits_and(self, other: Self) -> Self {
+                $c::from_bits(self.to_bits() & other.to_bits())
+            }
+            #[inline(always)]
+            fn bits_or(self, other: Self) -> Self {
+                $c::from_bits(self.to_bits() | other.to_bits())
+            }
+            #[inline(always)]
+            fn bits_add(self, other: Self) -> Self {
+                $c::from_bits(self.to_bits().wrapping_add(other.to_bits()))
+            }
+            #[inline(always)]
+            fn bits_shift_right(self, n: u32) -> Self {
+                $c::from_bits(self.to_bits() >> n)
+            }
+            #[inline(always)]
+            fn is_nan(self) -> bool {
+                self.is_nan()
+            }
         }
-        // Adding and taking away 2^23 rounds to an integer in the current (nearest, even) mode.
-        const MAGIC: f32 = 8_388_608.0;
-        let magnitude = self.abs();
-        let rounded = ((magnitude + MAGIC) - MAGIC).copysign(self);
-        if magnitude < MAGIC {
-            rounded
-        } else {
-            self
-        }
-    }
-    #[inline(always)]
-    fn is_nan(self) -> bool {
-        self.is_nan()
-    }
+    };
 }
-
-impl Compute for f64 {
-    type V<S: Simd> = S::F64;
-    const ZERO: Self = 0.0;
-    const INFINITY: Self = f64::INFINITY;
-    const NAN: Self = f64::NAN;
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-    #[inline(always)]
-    fn to_f64(self) -> f64 {
-        self
-    }
-    #[inline(always)]
-    fn round<S: Simd>(self) -> Self {
-        if S::HAS_ROUND {
-            return self.round_ties_even();
-        }
-        const MAGIC: f64 = 4_503_599_627_370_496.0;
-        let magnitude = self.abs();
-        let rounded = ((magnitude + MAGIC) - MAGIC).copysign(self);
-        if magnitude < MAGIC {
-            rounded
-        } else {
-            self
-        }
-    }
-    #[inline(always)]
-    fn is_nan(self) -> bool {
-        self.is_nan()
-    }
-}
+compute!(f32, F32, u32, 8_388_608.0);
+compute!(f64, F64, u64, 4_503_599_627_370_496.0);
 
 /// A type tensors hold, read and written as `C`.
 pub trait Element<C: Compute>: Copy + Default + Send + Sync + 'static {
@@ -229,6 +240,22 @@ pub unsafe fn load_part<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usiz
     <C::V<S>>::from_array(T::widen::<S>(&block))
 }
 
+/// Reads the first `n.min(16)` of sixteen elements; the other lanes are zero.
+///
+/// # Safety
+/// `p` is valid for reads of `n.min(16)` elements.
+#[inline(always)]
+pub unsafe fn load_up_to<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> C::V<S> {
+    // SAFETY: by the contract.
+    unsafe {
+        if n >= LANES {
+            load::<S, T, C>(p)
+        } else {
+            load_part::<S, T, C>(p, n)
+        }
+    }
+}
+
 /// Writes sixteen values; past the cache if `STREAM`.
 ///
 /// # Safety
@@ -260,6 +287,26 @@ pub unsafe fn store_part<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize
     unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), p, n) };
 }
 
+/// Writes the first `n.min(16)` of sixteen values.
+///
+/// # Safety
+/// `p` is valid for writes of `n.min(16)` elements.
+#[inline(always)]
+pub unsafe fn store_up_to<S: Simd, T: Element<C>, C: Compute>(
+    p: *mut T,
+    n: usize,
+    values: C::V<S>,
+) {
+    // SAFETY: by the contract.
+    unsafe {
+        if n >= LANES {
+            store::<S, T, C, false>(p, values);
+        } else {
+            store_part::<S, T, C>(p, n, values);
+        }
+    }
+}
+
 /// The first `n` of sixteen elements as an array, for arithmetic that [`Vector`] does not have; the other
 /// lanes are zero.
 ///
@@ -268,13 +315,7 @@ pub unsafe fn store_part<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize
 #[inline(always)]
 pub unsafe fn load_lanes<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> [C; LANES] {
     // SAFETY: by the contract.
-    unsafe {
-        if n >= LANES {
-            T::widen::<S>(&p.cast::<[T; LANES]>().read_unaligned())
-        } else {
-            load_part::<S, T, C>(p, n).to_array()
-        }
-    }
+    unsafe { load_up_to::<S, T, C>(p, n) }.to_array()
 }
 
 /// Writes the first `n` of sixteen values of an array.
@@ -287,15 +328,8 @@ pub unsafe fn store_lanes<S: Simd, T: Element<C>, C: Compute>(
     n: usize,
     values: &[C; LANES],
 ) {
-    let block = T::narrow::<S>(values);
-    // SAFETY: `n.min(16)` elements are writable, and `block` holds sixteen.
-    unsafe {
-        if n >= LANES {
-            p.cast::<[T; LANES]>().write_unaligned(block);
-        } else {
-            std::ptr::copy_nonoverlapping(block.as_ptr(), p, n);
-        }
-    }
+    // SAFETY: by the contract.
+    unsafe { store_up_to::<S, T, C>(p, n, Vector::from_array(*values)) }
 }
 
 /// Bytes of output from which on it is written past the cache. An ordinary store reads the line it writes

@@ -3,116 +3,117 @@
 //! `nearest(x / scale) [* scale]`, where `nearest` rounds to the format's values, ties to even,
 //! saturating; see `docs/numerics.md`.
 
-use super::element::{load, load_part, store, store_part, Compute, Element, LANES};
+use super::element::{Compute, Element};
+use super::elementwise::{self, Function};
 use super::isa::Simd;
-use super::reduce::{reduce, Reduction};
 use super::vector::Vector;
 use crate::encoding::{BlockGeometry, FloatFormat};
 use std::marker::PhantomData;
 
-/// A format's constants in the kernel's precision. `W` is the unsigned integer of `C`'s size.
+/// A format's constants in the kernel's precision: in one lane (`V = C`) or in sixteen. With `V = C` the CUDA
+/// kernels' argument too: twin of `Rounding` in `csrc/cuda/float.cu`.
+#[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Rounding<C, W> {
+pub struct Rounding<V> {
+    /// What carries into the kept bits from just over half of the dropped ones on.
+    below_half: V,
+    /// The kept bits, without the sign.
+    kept: V,
+    /// Which bit decides a tie (none if nothing is dropped).
+    odd: V,
+    /// Set where the format has no mantissa: the implicit bit, which is odd, decides then.
+    implicit: V,
+    min_normal: V,
+    /// Its unit in the last place is the format's finest step.
+    finest: V,
+    max: V,
+    /// What to add to make a negative zero positive (0), or to change nothing (-0).
+    zero: V,
     /// Bits of the compute type's mantissa that the format has not.
     dropped: u32,
-    /// What carries into the kept bits from just over half of the dropped ones on.
-    below_half: W,
-    /// The kept bits.
-    kept: W,
-    /// Which bit decides a tie (none if nothing is dropped).
-    odd: W,
-    /// Set where the format has no mantissa: the implicit bit, which is odd, decides then.
-    implicit: W,
-    min_normal: C,
-    /// Its unit in the last place is the format's finest step.
-    finest: C,
-    max: C,
-    /// What to add to make a negative zero positive (0), or to change nothing (-0).
-    zero: C,
 }
 
-/// A compute type whose values can be rounded to a format.
-pub trait RoundToFormat: Compute {
-    /// The constants.
-    type Rounding: Copy + Send + Sync;
-    /// The constants of `format`.
-    fn rounding(format: &FloatFormat) -> Self::Rounding;
-    /// The nearest value of the format, ties to even; beyond the largest value, that one. NaN stays.
-    fn nearest(self, rounding: &Self::Rounding) -> Self;
-    /// The largest value of the format.
-    fn largest(rounding: &Self::Rounding) -> Self;
-    /// Magnitude.
-    fn magnitude(self) -> Self;
-}
-
-macro_rules! round_to_format {
-    ($c:ty, $w:ty) => {
-        impl RoundToFormat for $c {
-            type Rounding = Rounding<$c, $w>;
-
-            fn rounding(format: &FloatFormat) -> Self::Rounding {
-                const STORED: u32 = <$c>::MANTISSA_DIGITS - 1;
-                let dropped = STORED - format.mantissa_bits();
-                let power = |exponent: i32| f64::from_bits(((exponent + 1023) as u64) << 52) as $c;
-                Rounding {
-                    dropped,
-                    below_half: (1 as $w).checked_shl(dropped).unwrap_or(0).wrapping_sub(1) >> 1,
-                    kept: (<$w>::MAX >> 1) & (<$w>::MAX << dropped),
-                    odd: <$w>::from(dropped > 0),
-                    implicit: <$w>::from(format.mantissa_bits() == 0),
-                    min_normal: power(format.min_exponent()),
-                    finest: power(format.min_exponent() + dropped as i32),
-                    max: format.max() as $c,
-                    zero: if format.unsigned_zero() { 0.0 } else { -0.0 },
-                }
-            }
-
-            #[inline(always)]
-            fn nearest(self, r: &Self::Rounding) -> Self {
-                let bits = self.to_bits();
-                let sign = bits & !(<$w>::MAX >> 1);
-                let magnitude = bits ^ sign;
-                // A carry out of the mantissa is the next power of two, as it should be.
-                let odd = ((magnitude >> r.dropped) | r.implicit) & r.odd;
-                let normal = <$c>::from_bits((magnitude + (r.below_half + odd)) & r.kept);
-                let magnitude = <$c>::from_bits(magnitude);
-                // Adding rounds to the unit in the last place of the sum, ties to even.
-                let subnormal = (magnitude + r.finest) - r.finest;
-                let rounded = if magnitude < r.min_normal {
-                    subnormal
-                } else {
-                    normal
-                };
-                let rounded = if rounded > r.max { r.max } else { rounded };
-                let signed = <$c>::from_bits(rounded.to_bits() | sign) + r.zero;
-                if self.is_nan() {
-                    self
-                } else {
-                    signed
-                }
-            }
-
-            #[inline(always)]
-            fn largest(r: &Self::Rounding) -> Self {
-                r.max
-            }
-
-            #[inline(always)]
-            fn magnitude(self) -> Self {
-                self.abs()
-            }
+impl<C: Compute> Rounding<C> {
+    /// The constants of `format`, whose values `C` holds.
+    pub fn new(format: &FloatFormat) -> Self {
+        let dropped = C::MANTISSA_BITS - format.mantissa_bits();
+        let power = |exponent: i32| {
+            C::from_f64(f64::from_bits(
+                ((exponent + 1023) as u64) << f64::MANTISSA_BITS,
+            ))
+        };
+        Self {
+            dropped,
+            below_half: C::from_bits(((1 << dropped) - 1) >> 1),
+            kept: C::MAGNITUDE.bits_and(C::from_bits(u64::MAX << dropped)),
+            odd: C::from_bits(u64::from(dropped > 0)),
+            implicit: C::from_bits(u64::from(format.mantissa_bits() == 0)),
+            min_normal: power(format.min_exponent()),
+            finest: power(format.min_exponent() + dropped as i32),
+            max: C::from_f64(format.max()),
+            zero: if format.unsigned_zero() {
+                C::ZERO
+            } else {
+                -C::ZERO
+            },
         }
-    };
+    }
+
+    #[inline(always)]
+    fn splat<V: Vector<C>>(&self) -> Rounding<V> {
+        Rounding {
+            dropped: self.dropped,
+            below_half: V::splat(self.below_half),
+            kept: V::splat(self.kept),
+            odd: V::splat(self.odd),
+            implicit: V::splat(self.implicit),
+            min_normal: V::splat(self.min_normal),
+            finest: V::splat(self.finest),
+            max: V::splat(self.max),
+            zero: V::splat(self.zero),
+        }
+    }
 }
-round_to_format!(f32, u32);
-round_to_format!(f64, u64);
+
+impl<V: Copy> Rounding<V> {
+    /// The nearest value of the format, ties to even; beyond the largest value, that one. NaN stays.
+    #[inline(always)]
+    fn nearest<C: Compute>(&self, x: V) -> V
+    where
+        V: Vector<C>,
+    {
+        let magnitude = x.abs();
+        let odd = magnitude
+            .bits_shift_right(self.dropped)
+            .bits_or(self.implicit)
+            .bits_and(self.odd);
+        // A carry out of the mantissa is the next power of two, as it should be.
+        let normal = magnitude
+            .bits_add(self.below_half.bits_add(odd))
+            .bits_and(self.kept);
+        // Adding rounds to the unit in the last place of the sum, ties to even.
+        let subnormal = magnitude.add(self.finest).sub(self.finest);
+        let rounded = V::select(self.min_normal.le(magnitude), normal, subnormal).min(self.max);
+        let signed = rounded.with_sign_of(x).add(self.zero);
+        V::select(x.ordered(), signed, x)
+    }
+
+    /// Where `x` is not beyond the largest value; nowhere for NaN.
+    #[inline(always)]
+    fn inside<C: Compute>(&self, x: V) -> V::Mask
+    where
+        V: Vector<C>,
+    {
+        x.abs().le(self.max)
+    }
+}
 
 /// One of the float functions: its value, and its straight-through gradients.
 pub trait FloatOp: Copy + Send + Sync + 'static {
     /// The value at `x`.
-    fn value<C: RoundToFormat>(x: C, scale: C, rounding: &C::Rounding) -> C;
+    fn value<C: Compute, V: Vector<C>>(x: V, scale: V, rounding: &Rounding<V>) -> V;
     /// The gradients of `x` and scale for the incoming gradient `g`.
-    fn gradient<C: RoundToFormat>(g: C, x: C, scale: C, rounding: &C::Rounding) -> (C, C);
+    fn gradient<C: Compute, V: Vector<C>>(g: V, x: V, scale: V, rounding: &Rounding<V>) -> (V, V);
 }
 
 /// `nearest(x / scale)`.
@@ -124,131 +125,71 @@ pub struct FloatQuantizeDequantize;
 
 impl FloatOp for FloatQuantize {
     #[inline(always)]
-    fn value<C: RoundToFormat>(x: C, scale: C, rounding: &C::Rounding) -> C {
-        (x / scale).nearest(rounding)
+    fn value<C: Compute, V: Vector<C>>(x: V, scale: V, rounding: &Rounding<V>) -> V {
+        rounding.nearest(x.div(scale))
     }
     #[inline(always)]
-    fn gradient<C: RoundToFormat>(g: C, x: C, scale: C, rounding: &C::Rounding) -> (C, C) {
-        let ratio = x / scale;
-        let inside = ratio.magnitude() <= C::largest(rounding);
-        let gx = if inside { g / scale } else { C::ZERO };
+    fn gradient<C: Compute, V: Vector<C>>(g: V, x: V, scale: V, rounding: &Rounding<V>) -> (V, V) {
+        let zero = V::splat(C::ZERO);
+        let ratio = x.div(scale);
+        let inside = rounding.inside(ratio);
+        let gx = V::select(inside, g.div(scale), zero);
         // Outside the terms are exact zeros, not 0 * inf.
-        let gs = if inside { -(gx * ratio) } else { C::ZERO };
-        (gx, gs)
+        (gx, V::select(inside, zero.sub(gx.mul(ratio)), zero))
     }
 }
 
 impl FloatOp for FloatQuantizeDequantize {
     #[inline(always)]
-    fn value<C: RoundToFormat>(x: C, scale: C, rounding: &C::Rounding) -> C {
-        (x / scale).nearest(rounding) * scale
+    fn value<C: Compute, V: Vector<C>>(x: V, scale: V, rounding: &Rounding<V>) -> V {
+        rounding.nearest(x.div(scale)).mul(scale)
     }
     #[inline(always)]
-    fn gradient<C: RoundToFormat>(g: C, x: C, scale: C, rounding: &C::Rounding) -> (C, C) {
-        let ratio = x / scale;
-        let value = ratio.nearest(rounding);
-        let inside = ratio.magnitude() <= C::largest(rounding);
-        let gx = if inside { g } else { C::ZERO };
-        (gx, g * if inside { value - ratio } else { value })
+    fn gradient<C: Compute, V: Vector<C>>(g: V, x: V, scale: V, rounding: &Rounding<V>) -> (V, V) {
+        let ratio = x.div(scale);
+        let value = rounding.nearest(ratio);
+        let inside = rounding.inside(ratio);
+        let slope = V::select(inside, value.sub(ratio), value);
+        (V::select(inside, g, V::splat(C::ZERO)), g.mul(slope))
     }
 }
 
-/// Reads up to sixteen elements; the lanes beyond `n` are zero.
-///
-/// # Safety
-/// `p` is valid for reads of `n.min(16)` elements.
-#[inline(always)]
-unsafe fn read<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> [C; LANES] {
-    // SAFETY: by the contract.
-    unsafe {
-        if n >= LANES {
-            load::<S, T, C>(p).to_array()
-        } else {
-            load_part::<S, T, C>(p, n).to_array()
-        }
-    }
-}
-
-/// Writes the first `n.min(16)` of sixteen values.
-///
-/// # Safety
-/// `p` is valid for writes of `n.min(16)` elements.
-#[inline(always)]
-unsafe fn write<S: Simd, T: Element<C>, C: Compute>(p: *mut T, n: usize, values: [C; LANES]) {
-    let values = <C::V<S>>::from_array(values);
-    // SAFETY: by the contract.
-    unsafe {
-        if n >= LANES {
-            store::<S, T, C, false>(p, values);
-        } else {
-            store_part::<S, T, C>(p, n, values);
-        }
-    }
-}
-
-/// A walk that only writes: nothing is reduced.
-struct Forward<'a, O, T, C: RoundToFormat> {
-    scale: &'a [C],
-    rounding: C::Rounding,
-    input: *const T,
-    output: *mut T,
+/// An op with its format.
+#[derive(Clone, Copy)]
+struct ToFormat<O, C> {
+    rounding: Rounding<C>,
     op: PhantomData<O>,
 }
 
-// SAFETY: `input` is only read; `output` is written in disjoint stretches, each element after it was read.
-unsafe impl<O: Sync, T: Sync, C: RoundToFormat> Sync for Forward<'_, O, T, C> {}
-
-impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Forward<'_, O, T, C> {
-    /// # Safety
-    /// `n.min(16)` elements from `at` are inside this call's stretch.
-    #[inline(always)]
-    unsafe fn block<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES]) {
-        // SAFETY: by the contract.
-        unsafe {
-            let x = read::<S, T, C>(self.input.add(at), n);
-            let mut y = [C::ZERO; LANES];
-            for j in 0..LANES {
-                y[j] = O::value(x[j], scale[j], &self.rounding);
-            }
-            write::<S, T, C>(self.output.add(at), n, y);
+impl<O: FloatOp, C: Compute> ToFormat<O, C> {
+    fn new(format: &FloatFormat) -> Self {
+        Self {
+            rounding: Rounding::new(format),
+            op: PhantomData,
         }
     }
 }
 
-impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Reduction for Forward<'_, O, T, C> {
-    type Partial = ();
-
-    fn identity(&self) {}
-
-    fn combine((): &mut (), (): ()) {}
-
+impl<O: FloatOp, C: Compute> Function<C, 1> for ToFormat<O, C> {
+    type Constants<S: Simd> = Rounding<C::V<S>>;
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, start: usize, len: usize, group: usize) {
-        let scale = [self.scale[group]; LANES];
-        for i in (0..len).step_by(LANES) {
-            // SAFETY: the block is inside the run.
-            unsafe { self.block::<S>(start + i, len - i, &scale) };
-        }
+    fn constants<S: Simd>(&self) -> Rounding<C::V<S>> {
+        self.rounding.splat()
     }
-
     #[inline(always)]
-    unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], _: &mut [()]) {
-        for (i, groups) in groups.chunks(LANES).enumerate() {
-            let scale = gather(self.scale, groups);
-            // SAFETY: the tile is inside the tensor.
-            unsafe { self.block::<S>(start + i * LANES, groups.len(), &scale) };
-        }
+    fn value<S: Simd>(x: C::V<S>, [scale]: [C::V<S>; 1], rounding: &Rounding<C::V<S>>) -> C::V<S> {
+        O::value(x, scale, rounding)
     }
-}
-
-/// The scales of up to sixteen elements; 1 in the lanes beyond.
-#[inline(always)]
-fn gather<C: Compute>(scale: &[C], groups: &[usize]) -> [C; LANES] {
-    let mut lanes = [C::from_f64(1.0); LANES];
-    for (lane, &group) in lanes.iter_mut().zip(groups) {
-        *lane = scale[group];
+    #[inline(always)]
+    fn gradient<S: Simd>(
+        g: C::V<S>,
+        x: C::V<S>,
+        [scale]: [C::V<S>; 1],
+        rounding: &Rounding<C::V<S>>,
+    ) -> (C::V<S>, [C::V<S>; 1]) {
+        let (input, scale) = O::gradient(g, x, scale, rounding);
+        (input, [scale])
     }
-    lanes
 }
 
 /// Applies `O` to every element. `output` may be `input`.
@@ -259,117 +200,20 @@ fn gather<C: Compute>(scale: &[C], groups: &[usize]) -> [C; LANES] {
 ///
 /// # Panics
 /// If `scale` has not `geometry.num_groups()` elements.
-pub unsafe fn forward<O: FloatOp, T: Element<C>, C: RoundToFormat>(
+pub unsafe fn forward<O: FloatOp, T: Element<C>, C: Compute>(
     geometry: &BlockGeometry,
     scale: &[C],
     format: &FloatFormat,
     input: *const T,
     output: *mut T,
 ) {
-    assert_eq!(scale.len(), geometry.num_groups());
-    reduce(
-        geometry,
-        &Forward::<O, T, C> {
-            scale,
-            rounding: C::rounding(format),
-            input,
-            output,
-            op: PhantomData,
-        },
-    );
-}
-
-struct Backward<'a, O, T, C: RoundToFormat> {
-    scale: &'a [C],
-    rounding: C::Rounding,
-    grad: *const T,
-    input: *const T,
-    /// Null if the gradient of the input is not wanted.
-    grad_input: *mut T,
-    op: PhantomData<O>,
-}
-
-// SAFETY: `grad` and `input` are only read; `grad_input` is written in disjoint stretches.
-unsafe impl<O: Sync, T: Sync, C: RoundToFormat> Sync for Backward<'_, O, T, C> {}
-
-/// Elements whose sums are kept in the lanes before they are added up in float64.
-const LANE_SUM: usize = 4096;
-
-impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Backward<'_, O, T, C> {
-    /// Writes the gradients of sixteen (or the last `n`) elements and gives the scale's terms; lanes
-    /// beyond `n` are zero, unless the scale is.
-    ///
-    /// # Safety
-    /// `n.min(16)` elements from `at` are inside this call's stretch.
-    #[inline(always)]
-    unsafe fn block<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES]) -> [C; LANES] {
-        // SAFETY: by the contract.
-        unsafe {
-            let g = read::<S, T, C>(self.grad.add(at), n);
-            let x = read::<S, T, C>(self.input.add(at), n);
-            let mut gx = [C::ZERO; LANES];
-            let mut gs = [C::ZERO; LANES];
-            for j in 0..LANES {
-                (gx[j], gs[j]) = O::gradient(g[j], x[j], scale[j], &self.rounding);
-            }
-            if !self.grad_input.is_null() {
-                write::<S, T, C>(self.grad_input.add(at), n, gx);
-            }
-            gs
-        }
-    }
-}
-
-impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Reduction for Backward<'_, O, T, C> {
-    type Partial = f64;
-
-    fn identity(&self) -> f64 {
-        0.0
-    }
-
-    #[inline(always)]
-    fn combine(into: &mut f64, from: f64) {
-        *into += from;
-    }
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(&self, start: usize, len: usize, group: usize) -> f64 {
-        let scale = [self.scale[group]; LANES];
-        let mut total = 0.0;
-        for from in (0..len).step_by(LANE_SUM) {
-            let end = len.min(from + LANE_SUM);
-            let mut sum = [C::ZERO; LANES];
-            for i in (from..end).step_by(LANES) {
-                // SAFETY: the block is inside the run.
-                let terms = unsafe { self.block::<S>(start + i, end - i, &scale) };
-                for j in 0..LANES {
-                    // Lanes beyond the end hold 0 / 0 for a scale of zero.
-                    let term = if i + j < end { terms[j] } else { C::ZERO };
-                    sum[j] = sum[j] + term;
-                }
-            }
-            for lane in sum {
-                total += lane.to_f64();
-            }
-        }
-        total
-    }
-
-    #[inline(always)]
-    unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], partials: &mut [f64]) {
-        for (i, groups) in groups.chunks(LANES).enumerate() {
-            let scale = gather(self.scale, groups);
-            // SAFETY: the tile is inside the tensor.
-            let terms = unsafe { self.block::<S>(start + i * LANES, groups.len(), &scale) };
-            for (&group, term) in groups.iter().zip(terms) {
-                partials[group] += term.to_f64();
-            }
-        }
-    }
+    let function = ToFormat::<O, C>::new(format);
+    // SAFETY: handed on.
+    unsafe { elementwise::forward(geometry, function, [scale], input, output) }
 }
 
 /// The gradients of `O`: writes that of the input (unless `grad_input` is null) and returns that of the
-/// scale, per encoding, summed as in [`affine::backward`](super::affine::backward).
+/// scale, per encoding, summed as in [`elementwise::backward`].
 ///
 /// # Safety
 /// `grad` and `input` are valid for reads, `grad_input` (if not null) for writes of
@@ -377,47 +221,46 @@ impl<O: FloatOp, T: Element<C>, C: RoundToFormat> Reduction for Backward<'_, O, 
 ///
 /// # Panics
 /// If `scale` has not `geometry.num_groups()` elements.
-pub unsafe fn backward<O: FloatOp, T: Element<C>, C: RoundToFormat>(
+pub unsafe fn backward<O: FloatOp, T: Element<C>, C: Compute>(
     geometry: &BlockGeometry,
     scale: &[C],
     format: &FloatFormat,
     grad: *const T,
     input: *const T,
     grad_input: *mut T,
-) -> Vec<f64> {
-    assert_eq!(scale.len(), geometry.num_groups());
-    reduce(
-        geometry,
-        &Backward::<O, T, C> {
-            scale,
-            rounding: C::rounding(format),
-            grad,
-            input,
-            grad_input,
-            op: PhantomData,
-        },
-    )
+) -> Vec<[f64; 1]> {
+    let function = ToFormat::<O, C>::new(format);
+    // SAFETY: handed on.
+    unsafe { elementwise::backward(geometry, function, [scale], grad, input, grad_input) }
+}
+
+/// The definition, in float64: the step at |x|, an integer number of steps, saturated.
+#[cfg(test)]
+pub(super) fn definition(x: f64, format: &FloatFormat) -> f64 {
+    if x.is_nan() {
+        return x;
+    }
+    if x.abs() >= format.max() {
+        return format.max().copysign(x);
+    }
+    let exponent = if x == 0.0 {
+        format.min_exponent()
+    } else {
+        (x.abs().log2().floor() as i32).max(format.min_exponent())
+    };
+    let step = f64::from(exponent - format.mantissa_bits() as i32).exp2();
+    ((x / step).round_ties_even() * step).clamp(-format.max(), format.max())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Portable;
     use super::*;
 
-    /// The definition, in float64: the step at |x|, an integer number of steps, saturated.
-    fn definition(x: f64, format: &FloatFormat) -> f64 {
-        if x.is_nan() {
-            return x;
-        }
-        if x.abs() >= format.max() {
-            return format.max().copysign(x);
-        }
-        let exponent = if x == 0.0 {
-            format.min_exponent()
-        } else {
-            (x.abs().log2().floor() as i32).max(format.min_exponent())
-        };
-        let step = f64::from(exponent - format.mantissa_bits() as i32).exp2();
-        ((x / step).round_ties_even() * step).clamp(-format.max(), format.max())
+    fn nearest<C: Compute>(x: C, format: &FloatFormat) -> C {
+        type V<C> = <C as Compute>::V<Portable>;
+        let rounding = Rounding::new(format).splat::<V<C>>();
+        rounding.nearest(V::<C>::splat(x)).to_array()[0]
     }
 
     fn formats() -> Vec<FloatFormat> {
@@ -441,11 +284,11 @@ mod tests {
             for format in formats() {
                 for x in [any, tie, -any] {
                     let expected = definition(f64::from(x), &format);
-                    let wide = f64::from(x).nearest(&f64::rounding(&format));
+                    let wide = nearest(f64::from(x), &format);
                     proptest::prop_assert!(wide == expected || (wide.is_nan() && expected.is_nan()),
                         "{format:?} {x:e}: {wide:e} {expected:e}");
                     if format.fits_f32() {
-                        let got = x.nearest(&f32::rounding(&format));
+                        let got = nearest(x, &format);
                         proptest::prop_assert!(f64::from(got) == expected || (got.is_nan() && expected.is_nan()),
                             "{format:?} {x:e}: {got:e} {expected:e}");
                     }
@@ -457,13 +300,12 @@ mod tests {
     #[test]
     fn infinities_saturate_and_zeros_keep_their_sign_unless_there_is_one_only() {
         for format in formats() {
-            let rounding = f64::rounding(&format);
-            assert_eq!(f64::INFINITY.nearest(&rounding), format.max());
-            assert_eq!((-f64::INFINITY).nearest(&rounding), -format.max());
-            assert!(f64::NAN.nearest(&rounding).is_nan());
-            assert!(0.0_f64.nearest(&rounding).is_sign_positive());
+            assert_eq!(nearest(f64::INFINITY, &format), format.max());
+            assert_eq!(nearest(-f64::INFINITY, &format), -format.max());
+            assert!(nearest(f64::NAN, &format).is_nan());
+            assert!(nearest(0.0_f64, &format).is_sign_positive());
             assert_eq!(
-                (-0.0_f64).nearest(&rounding).is_sign_negative(),
+                nearest(-0.0_f64, &format).is_sign_negative(),
                 !format.unsigned_zero()
             );
         }

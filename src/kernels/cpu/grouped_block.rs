@@ -10,6 +10,7 @@ use super::min_max::min_max;
 use super::walk::Pieces;
 use crate::encoding::{AffineGrid, BlockGeometry};
 use crate::error::Result;
+use std::ops::Range;
 
 /// The groups of blocks, and what the integer scales are relative to.
 struct Groups<'a, C> {
@@ -47,18 +48,19 @@ impl<'a, C: Compute> Groups<'a, C> {
         }
     }
 
-    /// Calls `f` with the index and the group of every block that has its group's largest scale.
-    fn for_each_largest(&self, scale: &[C], mut f: impl FnMut(usize, usize)) {
-        let pieces = Pieces::new(self.geometry, 0, scale.len());
+    /// Calls `f` with stretches of blocks, the group of each one's first block, and how far the group moves
+    /// from block to block.
+    fn for_each_run(&self, mut f: impl FnMut(Range<usize>, usize, usize)) {
+        let pieces = Pieces::new(self.geometry, 0, self.geometry.numel());
         let stride = pieces.inner_stride;
         for piece in pieces {
-            for i in 0..piece.len * piece.count {
-                let (run, j) = (i / piece.len, i % piece.len);
-                let group = piece.group + run * piece.group_step + j * stride;
-                let block = piece.start + i;
-                if scale[block] == self.largest[group] {
-                    f(block, group);
-                }
+            for r in 0..piece.count {
+                let start = piece.start + r * piece.len;
+                f(
+                    start..start + piece.len,
+                    piece.group + r * piece.group_step,
+                    stride,
+                );
             }
         }
     }
@@ -114,7 +116,7 @@ pub fn backward<C: Compute>(
     let groups = Groups::new(geometry, levels, scale)?;
     // SAFETY: the slices have `numel` elements, and `output` overlaps none of the others.
     let sums = unsafe {
-        affine::backward::<QuantizeDequantize, C, C>(
+        affine::backward::<QuantizeDequantize, C, C, 1>(
             geometry,
             groups.encodings(),
             &groups.grid,
@@ -124,10 +126,25 @@ pub fn backward<C: Compute>(
         )
     };
     let mut ties = vec![0_u32; sums.len()];
-    groups.for_each_largest(scale, |_, group| ties[group] += 1);
-    groups.for_each_largest(scale, |block, group| {
-        let through = (sums[group].0 + grad_group[group].to_f64()) / levels as f64;
-        output[block] = output[block] + C::from_f64(through / f64::from(ties[group]));
+    groups.for_each_run(|run, first, stride| {
+        for (j, &scale) in scale[run].iter().enumerate() {
+            let group = first + j * stride;
+            ties[group] += u32::from(scale == groups.largest[group]);
+        }
+    });
+    let share: Vec<C> = (0..sums.len())
+        .map(|group| {
+            let through = (sums[group][0] + grad_group[group].to_f64()) / levels as f64;
+            C::from_f64(through / f64::from(ties[group]))
+        })
+        .collect();
+    groups.for_each_run(|run, first, stride| {
+        for (j, (output, &scale)) in output[run.clone()].iter_mut().zip(&scale[run]).enumerate() {
+            let group = first + j * stride;
+            if scale == groups.largest[group] {
+                *output = *output + share[group];
+            }
+        }
     });
     Ok(())
 }

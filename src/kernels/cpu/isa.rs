@@ -270,9 +270,10 @@ pub fn dispatch<B: Body>(body: B) -> B::Output {
         unsafe fn avx512<B: Body>(body: B) -> B::Output {
             body.run::<Avx512>()
         }
-        // SAFETY: `active` never exceeds what the processor was found to have.
         match active() {
+            // SAFETY: `active` never exceeds what the processor was found to have.
             Isa::Avx512 => return unsafe { avx512(body) },
+            // SAFETY: as above.
             Isa::Avx2 => return unsafe { avx2(body) },
             Isa::Portable => {}
         }

@@ -36,6 +36,10 @@ fn larger<C: Compute>(a: C, b: C) -> C {
 
 impl<T: Element<C>, C: Compute> Reduction for MinMax<T, C> {
     type Partial = (C, C);
+    type Constants<S: Simd> = ();
+
+    #[inline(always)]
+    fn constants<S: Simd>(&self) {}
 
     fn identity(&self) -> (C, C) {
         (C::INFINITY, -C::INFINITY)
@@ -47,7 +51,7 @@ impl<T: Element<C>, C: Compute> Reduction for MinMax<T, C> {
     }
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, start: usize, len: usize, _group: usize) -> (C, C) {
+    unsafe fn run<S: Simd>(&self, start: usize, len: usize, _: usize, (): &()) -> (C, C) {
         // Several accumulators, or each comparison would wait for the one before it. NaN is looked for
         // on the side: `min` and `max` leave it out if it comes first.
         const WIDE: usize = 4;
@@ -95,7 +99,13 @@ impl<T: Element<C>, C: Compute> Reduction for MinMax<T, C> {
     }
 
     #[inline(always)]
-    unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], partials: &mut [(C, C)]) {
+    unsafe fn tile<S: Simd>(
+        &self,
+        start: usize,
+        groups: &[usize],
+        partials: &mut [(C, C)],
+        (): &(),
+    ) {
         let mut i = 0;
         while i < groups.len() {
             let n = LANES.min(groups.len() - i);

@@ -5,6 +5,7 @@
 pub mod adaround;
 pub mod affine;
 mod element;
+pub mod elementwise;
 pub mod float;
 pub mod grouped_block;
 pub mod isa;
@@ -22,4 +23,4 @@ mod walk;
 pub use element::{Compute, Element};
 pub use math::Transcendental;
 pub use parallel::GRAIN;
-pub use range::{range_to_scale_offset, RangeGradient};
+pub use range::{range_to_scale_offset, range_to_scale_offset_backward, ScaleOffsetGradients};

@@ -4,20 +4,22 @@
 //! `offset = clamp(round(min / scale) - qmin, -qmax, -qmin)`, or the grid's constant if symmetric.
 //! The gradients are straight-through at the rounding and zero where a clamp holds.
 
-use super::element::Compute;
-use super::isa::Portable;
+use super::element::{load, load_up_to, store_up_to, Compute, LANES};
+use super::isa::{dispatch, Body, Simd};
 use super::parallel::{for_each_range, Shared};
+use super::vector::Vector;
 use crate::encoding::{minimum_scale, AffineGrid};
+use std::ops::Range;
 
-/// The range's constants in the kernel's precision.
+/// The range's constants in the kernel's precision: in one lane (`V = C`) or in sixteen.
 #[derive(Clone, Copy)]
-struct RangeRule<C> {
-    steps: C,
-    minimum_scale: C,
-    qmin: C,
-    offset_low: C,
-    offset_high: C,
-    symmetric_offset: Option<C>,
+struct RangeRule<V> {
+    steps: V,
+    minimum_scale: V,
+    qmin: V,
+    offset_low: V,
+    offset_high: V,
+    symmetric_offset: Option<V>,
 }
 
 impl<C: Compute> RangeRule<C> {
@@ -33,24 +35,50 @@ impl<C: Compute> RangeRule<C> {
     }
 
     #[inline(always)]
-    fn scale(&self, min: C, max: C) -> C {
-        let raw = (max - min) / self.steps;
-        let magnitude = if raw < C::ZERO { -raw } else { raw };
-        if magnitude < self.minimum_scale {
-            self.minimum_scale
-        } else {
-            magnitude
+    fn splat<V: Vector<C>>(&self) -> RangeRule<V> {
+        RangeRule {
+            steps: V::splat(self.steps),
+            minimum_scale: V::splat(self.minimum_scale),
+            qmin: V::splat(self.qmin),
+            offset_low: V::splat(self.offset_low),
+            offset_high: V::splat(self.offset_high),
+            symmetric_offset: self.symmetric_offset.map(V::splat),
         }
     }
+}
 
+impl<V: Copy> RangeRule<V> {
+    /// Width of a step as the range has it, with its sign.
     #[inline(always)]
-    fn unclamped_offset(&self, min: C, scale: C) -> C {
-        (min / scale).round::<Portable>() - self.qmin
+    fn step<C: Compute>(&self, min: V, max: V) -> V
+    where
+        V: Vector<C>,
+    {
+        max.sub(min).div(self.steps)
     }
 
     #[inline(always)]
-    fn scale_offset(&self, min: C, max: C) -> (C, C) {
-        let scale = self.scale(min, max);
+    fn scale<C: Compute>(&self, step: V) -> V
+    where
+        V: Vector<C>,
+    {
+        self.minimum_scale.max(step.abs())
+    }
+
+    #[inline(always)]
+    fn unclamped_offset<C: Compute>(&self, min: V, scale: V) -> V
+    where
+        V: Vector<C>,
+    {
+        min.div(scale).round().sub(self.qmin)
+    }
+
+    #[inline(always)]
+    fn scale_offset<C: Compute>(&self, min: V, max: V) -> (V, V)
+    where
+        V: Vector<C>,
+    {
+        let scale = self.scale(self.step(min, max));
         let offset = match self.symmetric_offset {
             Some(offset) => offset,
             None => self
@@ -58,6 +86,39 @@ impl<C: Compute> RangeRule<C> {
                 .limit(self.offset_low, self.offset_high),
         };
         (scale, offset)
+    }
+}
+
+/// Ranges below which no second thread is worth waking: each costs some two elements of a tensor.
+const GRAIN: usize = 16_384;
+
+struct ToScaleOffset<'a, C> {
+    rule: RangeRule<C>,
+    min: &'a [C],
+    max: &'a [C],
+    scale: Shared<C>,
+    offset: Shared<C>,
+    range: Range<usize>,
+}
+
+impl<C: Compute> Body for ToScaleOffset<'_, C> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let rule = self.rule.splat::<C::V<S>>();
+        let (min, max) = (&self.min[self.range.clone()], &self.max[self.range.clone()]);
+        for i in (0..min.len()).step_by(LANES) {
+            let (at, n) = (self.range.start + i, min.len() - i);
+            // SAFETY: `n` ranges are left from `i`; the results are as long, and this stretch is this call's.
+            unsafe {
+                let (scale, offset) = rule.scale_offset(
+                    load_up_to::<S, C, C>(min.as_ptr().add(i), n),
+                    load_up_to::<S, C, C>(max.as_ptr().add(i), n),
+                );
+                store_up_to::<S, C, C>(self.scale.0.add(at), n, scale);
+                store_up_to::<S, C, C>(self.offset.0.add(at), n, offset);
+            }
+        }
     }
 }
 
@@ -78,73 +139,158 @@ pub fn range_to_scale_offset<C: Compute>(
     let (scale, offset) = (Shared(scale.as_mut_ptr()), Shared(offset.as_mut_ptr()));
     for_each_range(min.len(), GRAIN, |range| {
         let (scale, offset) = (&scale, &offset);
-        for i in range {
-            let (s, o) = rule.scale_offset(min[i], max[i]);
-            // SAFETY: `i` is inside all four slices, and each thread has its own.
-            unsafe {
-                scale.0.add(i).write(s);
-                offset.0.add(i).write(o);
-            }
-        }
+        dispatch(ToScaleOffset {
+            rule,
+            min,
+            max,
+            scale: *scale,
+            offset: *offset,
+            range,
+        });
     });
 }
 
-/// Ranges below which no second thread is worth waking: each costs some ten times an element of a tensor.
-const GRAIN: usize = 4096;
-
-/// The chain rule from scale and offset to min and max.
-pub struct RangeGradient<C> {
-    rule: RangeRule<C>,
+/// Gradients of scale and offset (`N` = 2), or of the scale alone (1), one for each range.
+#[derive(Clone, Copy)]
+pub enum ScaleOffsetGradients<'a, C, const N: usize> {
+    /// As a backward pass sums them.
+    Sums(&'a [[f64; N]]),
+    /// As arrays.
+    Arrays(&'a [C], &'a [C]),
 }
 
-impl<C: Compute> RangeGradient<C> {
-    /// For quantizers of this grid.
-    pub fn new(grid: &AffineGrid, symmetric: bool) -> Self {
-        Self {
-            rule: RangeRule::new(grid, symmetric),
+impl<C: Compute, const N: usize> ScaleOffsetGradients<'_, C, N> {
+    /// Those of sixteen ranges from `at` on; zero beyond the last.
+    #[inline(always)]
+    fn lanes<S: Simd>(&self, at: usize) -> [<f64 as Compute>::V<S>; 2] {
+        match self {
+            Self::Sums(sums) => {
+                let mut lanes = [[0.0; LANES]; 2];
+                for (j, sums) in sums[at..].iter().take(LANES).enumerate() {
+                    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+                        lanes[j] = *sum;
+                    }
+                }
+                lanes.map(Vector::from_array)
+            }
+            Self::Arrays(scale, offset) => [scale, offset].map(|gradient| {
+                let gradient = &gradient[at..];
+                // SAFETY: as many elements are left.
+                unsafe { load_up_to::<S, C, f64>(gradient.as_ptr(), gradient.len()) }
+            }),
         }
     }
+}
 
-    /// Turns the gradients of (scale, offset) into those of (min, max), in place.
-    ///
-    /// # Panics
-    /// If the slices differ in length.
-    pub fn apply_all(&self, min: &[C], max: &[C], sums: &mut [(f64, f64)]) {
-        assert!(min.len() == sums.len() && max.len() == sums.len());
-        let n = sums.len();
-        let sums = Shared(sums.as_mut_ptr());
-        for_each_range(n, GRAIN, |range| {
-            let sums = &sums;
-            for i in range {
-                // SAFETY: `i` is inside the slice, and each thread has its own.
-                let sum = unsafe { &mut *sums.0.add(i) };
-                *sum = self.apply(min[i], max[i], sum.0, sum.1);
-            }
-        });
-    }
+/// The chain rule from scale and offset to min and max, of the ranges in `range`.
+struct ToRange<'a, C, const N: usize> {
+    rule: RangeRule<C>,
+    min: &'a [C],
+    max: &'a [C],
+    grad: ScaleOffsetGradients<'a, C, N>,
+    grad_range: [Shared<C>; 2],
+    range: Range<usize>,
+}
 
-    /// Gradients of (min, max) from those of (scale, offset).
-    pub fn apply(&self, min: C, max: C, grad_scale: f64, grad_offset: f64) -> (f64, f64) {
-        let rule = &self.rule;
-        let scale = rule.scale(min, max);
-        let s = scale.to_f64();
-        let mut grad_min = 0.0;
-        let mut grad_scale = grad_scale;
-        if rule.symmetric_offset.is_none() {
-            let offset = rule.unclamped_offset(min, scale);
-            if offset >= rule.offset_low && offset <= rule.offset_high {
-                grad_min += grad_offset / s;
-                grad_scale -= grad_offset * min.to_f64() / (s * s);
-            }
-        }
-        let raw = ((max - min) / rule.steps).to_f64();
-        let slope = if raw.abs() < rule.minimum_scale.to_f64() {
-            0.0
-        } else {
-            raw.signum() / rule.steps.to_f64()
+impl<C: Compute, const N: usize> Body for ToRange<'_, C, N> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        type Wide<S> = <f64 as Compute>::V<S>;
+        let wide = |v: C::V<S>| -> Wide<S> {
+            let lanes = v.to_array();
+            // SAFETY: there are sixteen.
+            unsafe { load::<S, C, f64>(lanes.as_ptr()) }
         };
-        (grad_min - grad_scale * slope, grad_scale * slope)
+        let zero = Wide::<S>::splat(0.0);
+        let rule = self.rule.splat::<C::V<S>>();
+        let slope = Wide::<S>::splat(1.0 / self.rule.steps.to_f64());
+        let [minimum_scale, low, high] = [
+            self.rule.minimum_scale,
+            self.rule.offset_low,
+            self.rule.offset_high,
+        ]
+        .map(|constant| Wide::<S>::splat(constant.to_f64()));
+        let (mins, maxs) = (&self.min[self.range.clone()], &self.max[self.range.clone()]);
+        for i in (0..mins.len()).step_by(LANES) {
+            let (at, n) = (self.range.start + i, mins.len() - i);
+            // SAFETY: `n` ranges are left from `i`.
+            let (min, max) = unsafe {
+                (
+                    load_up_to::<S, C, C>(mins.as_ptr().add(i), n),
+                    load_up_to::<S, C, C>(maxs.as_ptr().add(i), n),
+                )
+            };
+            let [mut grad_scale, grad_offset] = self.grad.lanes::<S>(at);
+            let step = rule.step(min, max);
+            let mut grad_min = zero;
+            if rule.symmetric_offset.is_none() {
+                let scale = rule.scale(step);
+                let offset = wide(rule.unclamped_offset(min, scale));
+                let free = Wide::<S>::and(low.le(offset), offset.le(high));
+                let (s, min) = (wide(scale), wide(min));
+                grad_min = Wide::<S>::select(free, grad_offset.div(s), zero);
+                let through_offset = grad_offset.mul(min).div(s.mul(s));
+                grad_scale = Wide::<S>::select(free, grad_scale.sub(through_offset), grad_scale);
+            }
+            let step = wide(step);
+            // NaN stays NaN, as a NaN range makes everything.
+            let flat = Wide::<S>::select(step.ordered(), zero, step);
+            let slope = slope.with_sign_of(step);
+            let slope = Wide::<S>::select(minimum_scale.le(step.abs()), slope, flat);
+            let to_max = grad_scale.mul(slope);
+            // SAFETY: the results are as long as the ranges, and this stretch is this call's.
+            unsafe {
+                for (to, values) in self
+                    .grad_range
+                    .into_iter()
+                    .zip([grad_min.sub(to_max), to_max])
+                {
+                    if !to.0.is_null() {
+                        store_up_to::<S, C, f64>(to.0.add(at), n, values);
+                    }
+                }
+            }
+        }
     }
+}
+
+/// Writes the gradients of min and max to the two places of `grad_range`; null: not wanted. The offset of
+/// symmetric ranges is a constant, whose gradient is not looked at.
+///
+/// # Safety
+/// The places of `grad_range` are null or valid for writes of `min.len()` elements.
+///
+/// # Panics
+/// If `max` or the gradients are not as many as `min`, or the offset's are missing.
+pub unsafe fn range_to_scale_offset_backward<C: Compute, const N: usize>(
+    min: &[C],
+    max: &[C],
+    grid: &AffineGrid,
+    symmetric: bool,
+    grad: ScaleOffsetGradients<'_, C, N>,
+    grad_range: [*mut C; 2],
+) {
+    let rule = RangeRule::<C>::new(grid, symmetric);
+    let n = min.len();
+    assert!(match grad {
+        ScaleOffsetGradients::Sums(sums) => sums.len() == n,
+        ScaleOffsetGradients::Arrays(scale, offset) => scale.len() == n && offset.len() == n,
+    });
+    assert_eq!(max.len(), n);
+    assert!(symmetric || N == 2);
+    let grad_range = grad_range.map(Shared);
+    for_each_range(n, GRAIN, |range| {
+        let grad_range = &grad_range;
+        dispatch(ToRange {
+            rule,
+            min,
+            max,
+            grad,
+            grad_range: *grad_range,
+            range,
+        });
+    });
 }
 
 #[cfg(test)]
@@ -175,8 +321,18 @@ mod tests {
     #[test]
     fn the_symmetric_gradient_is_the_numeric_derivative() {
         let grid = AffineGrid::from_bitwidth(4, true).unwrap();
-        let gradient = RangeGradient::<f64>::new(&grid, true);
-        let (gmin, gmax) = gradient.apply(-1.0, 2.0, 3.0, 5.0);
+        let (mut gmin, mut gmax) = (0.0, 0.0);
+        // SAFETY: one range, one gradient each.
+        unsafe {
+            range_to_scale_offset_backward(
+                &[-1.0],
+                &[2.0],
+                &grid,
+                true,
+                ScaleOffsetGradients::Sums(&[[3.0, 5.0]]),
+                [&raw mut gmin, &raw mut gmax],
+            );
+        }
         let h = 1e-6;
         let numeric = |dmin: f64, dmax: f64| {
             let up = scale_offset(-1.0 + dmin, 2.0 + dmax, &grid, true).0;

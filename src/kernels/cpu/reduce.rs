@@ -19,6 +19,11 @@ const MAX_ARRAYS: usize = 16;
 pub trait Reduction: Sync {
     /// Partial result of one encoding.
     type Partial: Copy + Send + Sync;
+    /// What is the same for all encodings, in registers.
+    type Constants<S: Simd>: Copy;
+
+    /// In the registers of an instruction set; once per chunk.
+    fn constants<S: Simd>(&self) -> Self::Constants<S>;
 
     /// The partial result of no elements.
     fn identity(&self) -> Self::Partial;
@@ -30,13 +35,25 @@ pub trait Reduction: Sync {
     ///
     /// # Safety
     /// The elements are inside the tensor, and no other call has them at the same time.
-    unsafe fn run<S: Simd>(&self, start: usize, len: usize, group: usize) -> Self::Partial;
+    unsafe fn run<S: Simd>(
+        &self,
+        start: usize,
+        len: usize,
+        group: usize,
+        constants: &Self::Constants<S>,
+    ) -> Self::Partial;
 
     /// The elements from `start` on, each with its own encoding, at most [`TILE`] of them.
     ///
     /// # Safety
     /// As for `run`.
-    unsafe fn tile<S: Simd>(&self, start: usize, groups: &[usize], partials: &mut [Self::Partial]);
+    unsafe fn tile<S: Simd>(
+        &self,
+        start: usize,
+        groups: &[usize],
+        partials: &mut [Self::Partial],
+        constants: &Self::Constants<S>,
+    );
 
     /// Called by each thread after each of its chunks.
     #[inline(always)]
@@ -57,6 +74,7 @@ impl<R: Reduction> Body for RunChunk<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
+        let constants = &self.reduction.constants::<S>();
         for piece in Pieces::new(self.geometry, self.begin, self.end) {
             let (mut start, mut group) = (piece.start, piece.group);
             for r in 0..piece.count {
@@ -65,7 +83,7 @@ impl<R: Reduction> Body for RunChunk<'_, R> {
                 // every run (each begins an iteration or a chunk), so each has its own place; without
                 // `chunk` each run is one encoding's only one.
                 unsafe {
-                    let partial = self.reduction.run::<S>(start, piece.len, group);
+                    let partial = self.reduction.run::<S>(start, piece.len, group, constants);
                     self.partials.0.add(place).write(partial);
                 }
                 start += piece.len;
@@ -88,6 +106,7 @@ impl<R: Reduction> Body for TileChunk<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
+        let constants = &self.reduction.constants::<S>();
         let mut groups = [0_usize; TILE];
         let mut begin = self.begin;
         while begin < self.end {
@@ -95,8 +114,9 @@ impl<R: Reduction> Body for TileChunk<'_, R> {
             fill_groups(self.geometry, begin, end, &mut groups);
             // SAFETY: the caller's stretches do not overlap.
             unsafe {
+                let groups = &groups[..end - begin];
                 self.reduction
-                    .tile::<S>(begin, &groups[..end - begin], self.partials);
+                    .tile::<S>(begin, groups, self.partials, constants);
             }
             begin = end;
         }
@@ -123,14 +143,15 @@ pub fn fill_groups(geometry: &BlockGeometry, begin: usize, end: usize, groups: &
 /// One result for each encoding of `geometry`.
 pub fn reduce<R: Reduction>(geometry: &BlockGeometry, reduction: &R) -> Vec<R::Partial> {
     let numel = geometry.numel();
-    let mut result = vec![reduction.identity(); geometry.num_groups()];
+    let num_groups = geometry.num_groups();
     if numel == 0 {
-        return result;
+        return vec![reduction.identity(); num_groups];
     }
     let inner = geometry.inner();
     let shared_runs = inner.group_stride == 0;
-    if shared_runs && inner.size <= CHUNK && numel == inner.size * geometry.num_groups() {
+    if shared_runs && inner.size <= CHUNK && numel == inner.size * num_groups {
         // Each run is an encoding of its own: its result is the result.
+        let mut result = Vec::with_capacity(num_groups);
         let shared = Shared(result.as_mut_ptr());
         let chunk = CHUNK / inner.size * inner.size;
         for_each_range(numel.div_ceil(chunk), 1, |range| {
@@ -147,7 +168,12 @@ pub fn reduce<R: Reduction>(geometry: &BlockGeometry, reduction: &R) -> Vec<R::P
                 });
             }
         });
-    } else if shared_runs {
+        // SAFETY: the runs are as many as the encodings, and each has written its own.
+        unsafe { result.set_len(num_groups) };
+        return result;
+    }
+    let mut result = vec![reduction.identity(); num_groups];
+    if shared_runs {
         let chunks = numel.div_ceil(CHUNK);
         let mut partials = vec![reduction.identity(); numel / inner.size + chunks];
         let shared = Shared(partials.as_mut_ptr());
@@ -177,10 +203,10 @@ pub fn reduce<R: Reduction>(geometry: &BlockGeometry, reduction: &R) -> Vec<R::P
     } else {
         // Bounded memory: the arrays together hold at most a quarter of the tensor's elements.
         let arrays = (numel / (2 * CHUNK))
-            .min(numel / (4 * geometry.num_groups()))
+            .min(numel / (4 * num_groups))
             .clamp(1, MAX_ARRAYS);
         let length = numel.div_ceil(arrays);
-        let mut partials = vec![vec![reduction.identity(); geometry.num_groups()]; arrays];
+        let mut partials = vec![result.clone(); arrays];
         let shared = Shared(partials.as_mut_ptr());
         for_each_range(arrays, 1, |range| {
             let shared = &shared;

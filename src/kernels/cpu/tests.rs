@@ -4,7 +4,7 @@
 //! Buffers end with their allocation, so that AddressSanitizer (`make sanitize`) sees any access beyond.
 
 use super::affine::{self, AffineOp, Dequantize, Encodings, Quantize, QuantizeDequantize};
-use super::float::{self, FloatOp, FloatQuantize, FloatQuantizeDequantize, RoundToFormat};
+use super::float::{self, FloatOp, FloatQuantize, FloatQuantizeDequantize};
 use super::isa::{self, Portable};
 use super::min_max::min_max;
 use super::{Compute, Element};
@@ -12,6 +12,20 @@ use crate::encoding::{AffineGrid, BlockGeometry, FloatFormat};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use std::sync::Mutex;
+
+mod encodings;
+
+/// A test costs its cases times the instruction sets; `PROPTEST_CASES` asks for another number, as
+/// `make sanitize` does.
+fn config() -> ProptestConfig {
+    let asked_for = std::env::var_os("PROPTEST_CASES").is_some();
+    let default = ProptestConfig::default();
+    ProptestConfig {
+        cases: if asked_for { default.cases } else { 48 },
+        failure_persistence: None,
+        ..default
+    }
+}
 
 /// A tensor's geometry with its encodings, and values to fill tensors with.
 #[derive(Clone, Debug)]
@@ -308,7 +322,7 @@ fn check_affine<O: Reference, T: Stored<C>, C: Compute>(case: &Case) -> Result<(
     let grid = AffineGrid::new(
         -3,
         12,
-        if O::SHIFTS && case.seed % 2 == 0 {
+        if O::SHIFTS && case.seed.is_multiple_of(2) {
             0.5
         } else {
             0.0
@@ -354,24 +368,34 @@ fn check_affine<O: Reference, T: Stored<C>, C: Compute>(case: &Case) -> Result<(
             O::value_of(x, s, o, &grid)
         })?;
 
+        let (g, x) = (
+            data.grad.elements().as_ptr(),
+            data.input.elements().as_ptr(),
+        );
         let mut grad_input = data.output();
+        let mut scale_only = data.output();
         // SAFETY: as above.
-        let sums = unsafe {
-            affine::backward::<O, T, C>(
-                &data.geometry,
-                encodings,
-                &grid,
-                data.grad.elements().as_ptr(),
-                data.input.elements().as_ptr(),
-                grad_input.elements_mut().as_mut_ptr(),
-            )
+        let (sums, scale_sums) = unsafe {
+            let gx = grad_input.elements_mut().as_mut_ptr();
+            let sums = affine::backward::<O, T, C, 2>(&data.geometry, encodings, &grid, g, x, gx);
+            let gx = scale_only.elements_mut().as_mut_ptr();
+            let scale_sums =
+                affine::backward::<O, T, C, 1>(&data.geometry, encodings, &grid, g, x, gx);
+            (sums, scale_sums)
         };
         let gradients = |i: usize| {
             let (x, s, o) = at(i);
             O::gradients_of(data.grad.elements()[i].get(), x, s, o, &grid)
         };
         data.compare(&what, &grad_input, |i| gradients(i).0)?;
-        let (to_scale, to_offset): (Vec<f64>, Vec<f64>) = sums.into_iter().unzip();
+        data.compare(&what, &scale_only, |i| gradients(i).0)?;
+        for (both, [alone]) in sums.iter().zip(scale_sums) {
+            // Any NaN is as good as another.
+            let same = both[0] == alone || (both[0].is_nan() && alone.is_nan());
+            prop_assert!(same, "{what}: {} {alone}", both[0]);
+        }
+        let (to_scale, to_offset): (Vec<f64>, Vec<f64>) =
+            sums.into_iter().map(<(f64, f64)>::from).unzip();
         data.compare_sums(&what, &to_scale, |i| gradients(i).1)?;
         data.compare_sums(&what, &to_offset, |i| gradients(i).2)
     })
@@ -443,14 +467,15 @@ impl Reference for QuantizeDequantize {
     }
 }
 
-fn check_float<O: FloatOp, T: Stored<C>, C: RoundToFormat>(
+fn check_float<O: FloatOp, T: Stored<C>, C: Compute>(
     case: &Case,
     format: &FloatFormat,
 ) -> Result<(), TestCaseError> {
     let data = Data::<T, C>::new(case);
     let dequantizes =
         std::any::TypeId::of::<O>() == std::any::TypeId::of::<FloatQuantizeDequantize>();
-    let rounding = C::rounding(format);
+    // Exact in the compute type, which holds the format's values.
+    let nearest = |x: C| C::from_f64(float::definition(x.to_f64(), format));
     let max = C::from_f64(format.max());
     with_every_isa(|isa| {
         let what = format!("{} {isa:?}", std::any::type_name::<O>());
@@ -466,10 +491,9 @@ fn check_float<O: FloatOp, T: Stored<C>, C: RoundToFormat>(
                 output.elements_mut().as_mut_ptr(),
             );
         }
-        // `nearest` has its own test against the definition of formats.
         data.compare(&what, &output, |i| {
             let (x, s) = at(i);
-            let value = (x / s).nearest(&rounding);
+            let value = nearest(x / s);
             if dequantizes {
                 value * s
             } else {
@@ -490,7 +514,7 @@ fn check_float<O: FloatOp, T: Stored<C>, C: RoundToFormat>(
         };
         let gradients = |i: usize| {
             let ((x, s), g) = (at(i), data.grad.elements()[i].get());
-            let (ratio, value) = (x / s, (x / s).nearest(&rounding));
+            let (ratio, value) = (x / s, nearest(x / s));
             let inside = ratio >= -max && ratio <= max;
             match (dequantizes, inside) {
                 (true, true) => (g, g * (value - ratio)),
@@ -500,7 +524,7 @@ fn check_float<O: FloatOp, T: Stored<C>, C: RoundToFormat>(
             }
         };
         data.compare(&what, &grad_input, |i| gradients(i).0)?;
-        data.compare_sums(&what, &sums, |i| gradients(i).1)
+        data.compare_sums(&what, sums.as_flattened(), |i| gradients(i).1)
     })
 }
 
@@ -531,7 +555,7 @@ fn check_min_max<T: Stored<C>, C: Compute>(case: &Case) -> Result<(), TestCaseEr
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn affine_kernels(case in cases()) {

@@ -41,6 +41,33 @@ pub trait Vector<C>: Copy {
     fn all(mask: Self::Mask) -> bool;
     /// `yes` where the mask is true, else `no`.
     fn select(mask: Self::Mask, yes: Self, no: Self) -> Self;
+    /// The bits that both have.
+    fn bits_and(self, other: Self) -> Self;
+    /// The bits that either has.
+    fn bits_or(self, other: Self) -> Self;
+    /// Sums of the bits as integers, modulo their number.
+    fn bits_add(self, other: Self) -> Self;
+    /// The bits, `n` places lower; `n` is less than their number.
+    fn bits_shift_right(self, n: u32) -> Self;
+    /// The lanes' sum in float64, by halves: one after the other, sixteen additions would wait for each
+    /// other, which took half of the time where encodings change every few blocks.
+    fn sum(self) -> f64;
+    /// Magnitudes.
+    #[inline(always)]
+    fn abs(self) -> Self
+    where
+        C: Compute,
+    {
+        self.bits_and(Self::splat(C::MAGNITUDE))
+    }
+    /// These numbers, not negative, with the signs of others.
+    #[inline(always)]
+    fn with_sign_of(self, other: Self) -> Self
+    where
+        C: Compute,
+    {
+        self.bits_or(other.bits_and(Self::splat(-C::ZERO)))
+    }
     /// `self` limited to `low..=high`; NaN stays NaN.
     #[inline(always)]
     fn limit(self, low: Self, high: Self) -> Self {
@@ -167,6 +194,49 @@ impl<C: Compute> Vector<C> for Lanes<C> {
         }
         yes
     }
+    #[inline(always)]
+    fn bits_and(mut self, other: Self) -> Self {
+        for j in 0..LANES {
+            self.0[j] = self.0[j].bits_and(other.0[j]);
+        }
+        self
+    }
+    #[inline(always)]
+    fn bits_or(mut self, other: Self) -> Self {
+        for j in 0..LANES {
+            self.0[j] = self.0[j].bits_or(other.0[j]);
+        }
+        self
+    }
+    #[inline(always)]
+    fn bits_add(mut self, other: Self) -> Self {
+        for j in 0..LANES {
+            self.0[j] = self.0[j].bits_add(other.0[j]);
+        }
+        self
+    }
+    #[inline(always)]
+    fn bits_shift_right(mut self, n: u32) -> Self {
+        for j in 0..LANES {
+            self.0[j] = self.0[j].bits_shift_right(n);
+        }
+        self
+    }
+    #[inline(always)]
+    fn sum(self) -> f64 {
+        let mut sums = [0.0; LANES];
+        for (sum, lane) in sums.iter_mut().zip(self.0) {
+            *sum = lane.to_f64();
+        }
+        let mut n = LANES / 2;
+        while n > 0 {
+            for j in 0..n {
+                sums[j] += sums[j + n];
+            }
+            n /= 2;
+        }
+        sums[0]
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -190,7 +260,10 @@ mod x86 {
             round |$r:ident| $round:expr,
             mask $mask:ty, le |$la:ident, $lb:ident| $le:expr, ordered |$o:ident| $ordered:expr,
             and |$aa:ident, $ab:ident| $and:expr, all |$all_of:ident| $all:expr,
-            select |$m:ident, $yes:ident, $no:ident| $select:expr
+            select |$m:ident, $yes:ident, $no:ident| $select:expr,
+            bits $to_bits:ident $from_bits:ident $bits_and:ident $bits_or:ident $bits_add:ident,
+            shift |$shifted:ident, $by:ident| $shift:expr,
+            sum |$summed:ident| $sum:expr
         ) => {
             /// Sixteen lanes in registers.
             #[derive(Clone, Copy)]
@@ -258,27 +331,23 @@ mod x86 {
                     }
                     mask
                 }
+                #[allow(unused_unsafe)] // mask registers of AVX-512 are plain integers
                 #[inline(always)]
                 fn and(mut a: Self::Mask, b: Self::Mask) -> Self::Mask {
                     for i in 0..$n {
                         let ($aa, $ab) = (a[i], b[i]);
-                        // SAFETY: see `vector!`. (Mask registers are plain integers.)
-                        #[allow(unused_unsafe)]
-                        {
-                            a[i] = unsafe { $and };
-                        }
+                        // SAFETY: see `vector!`.
+                        a[i] = unsafe { $and };
                     }
                     a
                 }
+                #[allow(unused_unsafe)] // as for `and`
                 #[inline(always)]
                 fn all(mask: Self::Mask) -> bool {
                     let mut all = true;
                     for $all_of in mask {
-                        // SAFETY: see `vector!`. (Mask registers are plain integers.)
-                        #[allow(unused_unsafe)]
-                        {
-                            all &= unsafe { $all };
-                        }
+                        // SAFETY: see `vector!`.
+                        all &= unsafe { $all };
                     }
                     all
                 }
@@ -291,6 +360,36 @@ mod x86 {
                     }
                     yes
                 }
+                vector!(@bits bits_and $to_bits $from_bits $bits_and $n);
+                vector!(@bits bits_or $to_bits $from_bits $bits_or $n);
+                vector!(@bits bits_add $to_bits $from_bits $bits_add $n);
+                #[inline(always)]
+                fn bits_shift_right(mut self, n: u32) -> Self {
+                    for i in 0..$n {
+                        // SAFETY: see `vector!`.
+                        self.0[i] = unsafe {
+                            let ($shifted, $by) = ($to_bits(self.0[i]), _mm_cvtsi32_si128(n as i32));
+                            $from_bits($shift)
+                        };
+                    }
+                    self
+                }
+                #[inline(always)]
+                fn sum(self) -> f64 {
+                    let $summed = self.0;
+                    // SAFETY: see `vector!`.
+                    unsafe { $sum }
+                }
+            }
+        };
+        (@bits $method:ident $to:ident $from:ident $intrinsic:ident $n:literal) => {
+            #[inline(always)]
+            fn $method(mut self, other: Self) -> Self {
+                for i in 0..$n {
+                    // SAFETY: see `vector!`.
+                    self.0[i] = unsafe { $from($intrinsic($to(self.0[i]), $to(other.0[i]))) };
+                }
+                self
             }
         };
         (@binary $method:ident $intrinsic:ident $n:literal) => {
@@ -305,6 +404,45 @@ mod x86 {
         };
     }
 
+    /// # Safety
+    /// The processor has AVX-512 F.
+    #[inline(always)]
+    unsafe fn sum_of_eight(a: __m512d) -> f64 {
+        // SAFETY: by the contract.
+        unsafe {
+            sum_of_four(_mm256_add_pd(
+                _mm512_castpd512_pd256(a),
+                _mm512_extractf64x4_pd::<1>(a),
+            ))
+        }
+    }
+
+    /// # Safety
+    /// The processor has AVX.
+    #[inline(always)]
+    unsafe fn sum_of_four(a: __m256d) -> f64 {
+        // SAFETY: by the contract.
+        unsafe {
+            let two = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd::<1>(a));
+            _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+        }
+    }
+
+    /// The first and the last four.
+    ///
+    /// # Safety
+    /// The processor has AVX.
+    #[inline(always)]
+    unsafe fn widened(a: __m256) -> [__m256d; 2] {
+        // SAFETY: by the contract.
+        unsafe {
+            [
+                _mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+                _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a)),
+            ]
+        }
+    }
+
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
     vector! {
@@ -315,7 +453,13 @@ mod x86 {
         mask __mmask16, le |a, b| _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b),
         ordered |a| _mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a),
         and |a, b| a & b, all |m| m == __mmask16::MAX,
-        select |m, yes, no| _mm512_mask_blend_ps(m, no, yes)
+        select |m, yes, no| _mm512_mask_blend_ps(m, no, yes),
+        bits _mm512_castps_si512 _mm512_castsi512_ps _mm512_and_si512 _mm512_or_si512 _mm512_add_epi32,
+        shift |a, n| _mm512_srl_epi32(a, n),
+        sum |a| sum_of_eight(_mm512_add_pd(
+            _mm512_cvtps_pd(_mm512_castps512_ps256(a[0])),
+            _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(a[0])),
+        ))
     }
     vector! {
         F64x16Avx512: f64 = [__m512d; 2], lanes 8,
@@ -325,7 +469,10 @@ mod x86 {
         mask __mmask8, le |a, b| _mm512_cmp_pd_mask::<_CMP_LE_OQ>(a, b),
         ordered |a| _mm512_cmp_pd_mask::<_CMP_ORD_Q>(a, a),
         and |a, b| a & b, all |m| m == __mmask8::MAX,
-        select |m, yes, no| _mm512_mask_blend_pd(m, no, yes)
+        select |m, yes, no| _mm512_mask_blend_pd(m, no, yes),
+        bits _mm512_castpd_si512 _mm512_castsi512_pd _mm512_and_si512 _mm512_or_si512 _mm512_add_epi64,
+        shift |a, n| _mm512_srl_epi64(a, n),
+        sum |a| sum_of_eight(_mm512_add_pd(a[0], a[1]))
     }
     vector! {
         F32x16Avx2: f32 = [__m256; 2], lanes 8,
@@ -335,7 +482,13 @@ mod x86 {
         mask __m256, le |a, b| _mm256_cmp_ps::<_CMP_LE_OQ>(a, b),
         ordered |a| _mm256_cmp_ps::<_CMP_ORD_Q>(a, a),
         and |a, b| _mm256_and_ps(a, b), all |m| _mm256_movemask_ps(m) == 0xff,
-        select |m, yes, no| _mm256_blendv_ps(no, yes, m)
+        select |m, yes, no| _mm256_blendv_ps(no, yes, m),
+        bits _mm256_castps_si256 _mm256_castsi256_ps _mm256_and_si256 _mm256_or_si256 _mm256_add_epi32,
+        shift |a, n| _mm256_srl_epi32(a, n),
+        sum |a| {
+            let ([a, b], [c, d]) = (widened(a[0]), widened(a[1]));
+            sum_of_four(_mm256_add_pd(_mm256_add_pd(a, c), _mm256_add_pd(b, d)))
+        }
     }
     vector! {
         F64x16Avx2: f64 = [__m256d; 4], lanes 4,
@@ -345,7 +498,10 @@ mod x86 {
         mask __m256d, le |a, b| _mm256_cmp_pd::<_CMP_LE_OQ>(a, b),
         ordered |a| _mm256_cmp_pd::<_CMP_ORD_Q>(a, a),
         and |a, b| _mm256_and_pd(a, b), all |m| _mm256_movemask_pd(m) == 0xf,
-        select |m, yes, no| _mm256_blendv_pd(no, yes, m)
+        select |m, yes, no| _mm256_blendv_pd(no, yes, m),
+        bits _mm256_castpd_si256 _mm256_castsi256_pd _mm256_and_si256 _mm256_or_si256 _mm256_add_epi64,
+        shift |a, n| _mm256_srl_epi64(a, n),
+        sum |a| sum_of_four(_mm256_add_pd(_mm256_add_pd(a[0], a[2]), _mm256_add_pd(a[1], a[3])))
     }
 }
 
@@ -372,6 +528,16 @@ mod tests {
         fn run<S: Simd>(self) -> Vec<u64> {
             let mut bits = Vec::new();
             let a = <C::V<S>>::from_array(self.0[..].try_into().expect("sixteen"));
+            let numbers = <C::V<S>>::select(a.ordered(), a, <C::V<S>>::splat(C::ZERO));
+            let large = C::from_f64(1e7);
+            let sum = numbers
+                .limit(
+                    <C::V<S>>::splat(-large),
+                    <C::V<S>>::splat(large / C::from_f64(3.0)),
+                )
+                .sum();
+            assert!(sum.is_finite());
+            bits.push(sum.to_bits());
             for &other in &self.0 {
                 let b = <C::V<S>>::splat(other);
                 let less = a.le(b);
@@ -386,6 +552,9 @@ mod tests {
                     <C::V<S>>::select(less, a, b),
                     <C::V<S>>::select(<C::V<S>>::and(less, a.ordered()), b, a),
                     a.limit(<C::V<S>>::splat(C::from_f64(-1.0)), b),
+                    a.bits_and(b),
+                    a.bits_or(b),
+                    a.bits_add(b.bits_shift_right(9)),
                 ] {
                     // Any NaN is as good as another.
                     bits.extend(v.to_array().map(|x| {

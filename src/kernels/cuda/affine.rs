@@ -150,24 +150,17 @@ pub fn kernels() -> Vec<Kernel> {
         kernels.extend(gradient_kernels::<C>(types).all());
         kernels
     }
-    let mut all = Vec::new();
-    for operation in 0..OPERATIONS.len() {
-        for stored in Stored::ALL {
+    let every = (0..OPERATIONS.len()).flat_map(|operation| {
+        Stored::ALL.map(|stored| {
             let types = types(operation, stored);
-            let kernels = if stored.is_double() {
+            if stored.is_double() {
                 of::<f64>(types)
             } else {
                 of::<f32>(types)
-            };
-            for kernel in kernels {
-                // Operations and dtypes share the second step.
-                if !all.contains(&kernel) {
-                    all.push(kernel);
-                }
             }
-        }
-    }
-    all
+        })
+    });
+    skeleton::distinct(every.flatten())
 }
 
 /// Whether memory begins where a 16-byte access may.

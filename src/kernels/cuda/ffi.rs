@@ -4,11 +4,12 @@
 use super::affine::{self, Call, Grid};
 use super::device::Launcher;
 use super::kernel::Stored;
-use super::{min_max, range, Failure};
+use super::{float, min_max, range, Failure};
 use crate::encoding::AffineGrid;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Compute;
-use crate::kernels::ffi::{status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
+use crate::kernels::ffi::float::Float;
+use crate::kernels::ffi::{for_compute, status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
 use std::ffi::c_void;
 
 /// There is no kernel: the caller takes tensor ops. Beside the codes of `kernels::ffi`.
@@ -98,15 +99,28 @@ impl Affine {
     }
 }
 
-/// Calls a generic function for the compute type.
-macro_rules! for_compute {
-    ($double:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
-        if $double {
-            $function::<f64>($($argument),*)
-        } else {
-            $function::<f32>($($argument),*)
-        }
-    };
+impl Float {
+    /// Calls `body` with the arguments of a float op.
+    ///
+    /// # Safety
+    /// The pointers are as `csrc/engine.h` says.
+    unsafe fn call<C>(
+        &self,
+        input: &View,
+        stored: Stored,
+        body: impl FnOnce(&float::Call<'_, C>) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let format = self.format()?;
+        // SAFETY: by the contract.
+        let geometry = unsafe { self.geometry(input)? };
+        body(&float::Call {
+            dequantize: self.dequantize != 0,
+            stored,
+            geometry: &geometry,
+            format: &format,
+            scale: self.scale.cast(),
+        })
+    }
 }
 
 /// `rimet_affine_forward` on a CUDA device.
@@ -120,29 +134,14 @@ pub unsafe extern "C" fn rimet_cuda_affine_forward(
     input: *const View,
     output: *mut c_void,
 ) -> i32 {
-    unsafe fn run<C: Compute>(
-        launcher: &Launcher<'_>,
-        affine: &Affine,
-        input: &View,
-        stored: Stored,
-        output: *mut c_void,
-    ) -> Result<(), Failure> {
-        // SAFETY: by the contract.
-        unsafe {
-            affine.call::<C>(input, stored, |call| {
-                affine::forward(launcher, call, input.data, output)
-            })
-        }
-    }
     // SAFETY: by the contract.
     unsafe {
         let (affine, input) = (&*affine, &*input);
         (*device).run(|launcher| {
             let stored = stored(input)?;
-            for_compute!(
-                stored.is_double(),
-                run(launcher, affine, input, stored, output)
-            )
+            for_compute!(stored.is_double(), C => affine.call::<C>(input, stored, |call| {
+                affine::forward(launcher, call, input.data, output)
+            }))
         })
     }
 }
@@ -161,38 +160,15 @@ pub unsafe extern "C" fn rimet_cuda_affine_backward(
     grad_first: *mut c_void,
     grad_second: *mut c_void,
 ) -> i32 {
-    unsafe fn run<C: Compute>(
-        launcher: &Launcher<'_>,
-        affine: &Affine,
-        input: &View,
-        stored: Stored,
-        (grad, grad_input): (*const c_void, *mut c_void),
-        encodings: [*mut c_void; 2],
-    ) -> Result<(), Failure> {
-        // SAFETY: by the contract.
-        unsafe {
-            affine.call::<C>(input, stored, |call| {
-                let encodings = encodings.map(<*mut c_void>::cast);
-                affine::backward(launcher, call, grad, input.data, grad_input, encodings)
-            })
-        }
-    }
     // SAFETY: by the contract.
     unsafe {
         let (affine, input) = (&*affine, &*input);
         (*device).run(|launcher| {
             let stored = stored(input)?;
-            for_compute!(
-                stored.is_double(),
-                run(
-                    launcher,
-                    affine,
-                    input,
-                    stored,
-                    (grad, grad_input),
-                    [grad_first, grad_second]
-                )
-            )
+            for_compute!(stored.is_double(), C => affine.call::<C>(input, stored, |call| {
+                let encodings = [grad_first.cast(), grad_second.cast()];
+                affine::backward(launcher, call, grad, input.data, grad_input, encodings)
+            }))
         })
     }
 }
@@ -209,24 +185,14 @@ pub unsafe extern "C" fn rimet_cuda_range_to_scale_offset(
     scale: *mut c_void,
     offset: *mut c_void,
 ) -> i32 {
-    unsafe fn run<C: Compute>(
-        launcher: &Launcher<'_>,
-        affine: &Affine,
-        n: u64,
-        outputs: [*mut c_void; 2],
-    ) -> Result<(), Failure> {
-        let (grid, outputs) = (affine.constants::<C>()?, outputs.map(<*mut c_void>::cast));
-        // SAFETY: by the contract.
-        unsafe { range::to_scale_offset(launcher, grid, n, affine.encodings(), outputs) }
-    }
     // SAFETY: by the contract.
     unsafe {
         let affine = &*affine;
         (*device).run(|launcher| {
-            for_compute!(
-                affine.double_compute != 0,
-                run(launcher, affine, n as u64, [scale, offset])
-            )
+            for_compute!(affine.double_compute != 0, C => {
+                let (grid, outputs) = (affine.constants::<C>()?, [scale.cast(), offset.cast()]);
+                range::to_scale_offset(launcher, grid, n as u64, affine.encodings(), outputs)
+            })
         })
     }
 }
@@ -245,36 +211,16 @@ pub unsafe extern "C" fn rimet_cuda_range_to_scale_offset_backward(
     grad_min: *mut c_void,
     grad_max: *mut c_void,
 ) -> i32 {
-    unsafe fn run<C: Compute>(
-        launcher: &Launcher<'_>,
-        affine: &Affine,
-        n: u64,
-        incoming: [*const c_void; 2],
-        outputs: [*mut c_void; 2],
-    ) -> Result<(), Failure> {
-        let grid = affine.constants::<C>()?;
-        let incoming = incoming.map(<*const c_void>::cast);
-        let outputs = outputs.map(<*mut c_void>::cast);
-        // SAFETY: by the contract.
-        unsafe {
-            let ranges = affine.encodings();
-            range::to_scale_offset_backward(launcher, grid, n, ranges, incoming, outputs)
-        }
-    }
     // SAFETY: by the contract.
     unsafe {
         let affine = &*affine;
         (*device).run(|launcher| {
-            for_compute!(
-                affine.double_compute != 0,
-                run(
-                    launcher,
-                    affine,
-                    n as u64,
-                    [grad_scale, grad_offset],
-                    [grad_min, grad_max]
-                )
-            )
+            for_compute!(affine.double_compute != 0, C => {
+                let (grid, ranges) = (affine.constants::<C>()?, affine.encodings());
+                let incoming = [grad_scale.cast(), grad_offset.cast()];
+                let outputs = [grad_min.cast(), grad_max.cast()];
+                range::to_scale_offset_backward(launcher, grid, n as u64, ranges, incoming, outputs)
+            })
         })
     }
 }
@@ -300,13 +246,58 @@ pub unsafe extern "C" fn rimet_cuda_min_max(
         (*device).run(|launcher| {
             let geometry = input.min_max_geometry(encoding, encoding_ndim, block, block_len)?;
             let stored = stored(input)?;
-            if stored.is_double() {
-                let outputs = [min, max].map(<*mut c_void>::cast::<f64>);
+            for_compute!(stored.is_double(), C => {
+                let outputs = [min.cast::<C>(), max.cast()];
                 min_max::min_max(launcher, stored, &geometry, input.data, outputs)
-            } else {
-                let outputs = [min, max].map(<*mut c_void>::cast::<f32>);
-                min_max::min_max(launcher, stored, &geometry, input.data, outputs)
-            }
+            })
+        })
+    }
+}
+
+/// `rimet_float_forward` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_float_forward(
+    device: *const Device,
+    float: *const Float,
+    input: *const View,
+    output: *mut c_void,
+) -> i32 {
+    // SAFETY: by the contract.
+    unsafe {
+        let (float, input) = (&*float, &*input);
+        (*device).run(|launcher| {
+            let stored = stored(input)?;
+            for_compute!(stored.is_double(), C => float.call::<C>(input, stored, |call| {
+                float::forward(launcher, call, input.data, output)
+            }))
+        })
+    }
+}
+
+/// `rimet_float_backward` on a CUDA device.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_cuda_float_backward(
+    device: *const Device,
+    float: *const Float,
+    input: *const View,
+    grad: *const c_void,
+    grad_input: *mut c_void,
+    grad_scale: *mut c_void,
+) -> i32 {
+    // SAFETY: by the contract.
+    unsafe {
+        let (float, input) = (&*float, &*input);
+        (*device).run(|launcher| {
+            let stored = stored(input)?;
+            for_compute!(stored.is_double(), C => float.call::<C>(input, stored, |call| {
+                float::backward(launcher, call, grad, input.data, grad_input, grad_scale.cast())
+            }))
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The instances of the templates in `csrc/cuda`, and the text that NVRTC compiles for them.
 
 /// The files of `csrc/cuda`, by the names they include each other with.
-pub const FILES: [(&str, &str); 8] = [
+pub const FILES: [(&str, &str); 9] = [
     ("device.cuh", include_str!("../../../csrc/cuda/device.cuh")),
     (
         "geometry.cuh",
@@ -14,6 +14,7 @@ pub const FILES: [(&str, &str); 8] = [
     ("reduce.cuh", include_str!("../../../csrc/cuda/reduce.cuh")),
     ("range.cuh", include_str!("../../../csrc/cuda/range.cuh")),
     ("affine.cu", include_str!("../../../csrc/cuda/affine.cu")),
+    ("float.cu", include_str!("../../../csrc/cuda/float.cu")),
     ("min_max.cu", include_str!("../../../csrc/cuda/min_max.cu")),
     ("range.cu", include_str!("../../../csrc/cuda/range.cu")),
 ];

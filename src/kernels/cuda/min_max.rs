@@ -28,20 +28,14 @@ fn reduce_kernels<C>(stored: Stored) -> ReduceKernels {
 
 /// The kernels of this file.
 pub fn kernels() -> Vec<Kernel> {
-    let mut all = Vec::new();
-    for stored in Stored::ALL {
+    skeleton::distinct(Stored::ALL.into_iter().flat_map(|stored| {
         let kernels = if stored.is_double() {
             reduce_kernels::<f64>(stored)
         } else {
             reduce_kernels::<f32>(stored)
         };
-        for kernel in kernels.all() {
-            if !all.contains(&kernel) {
-                all.push(kernel);
-            }
-        }
-    }
-    all
+        kernels.all()
+    }))
 }
 
 /// Smallest and largest element of each block; NaN wins.

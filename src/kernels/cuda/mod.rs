@@ -8,7 +8,7 @@
 //! - `nvrtc`, `cache`: from source text to machine code, once per architecture.
 //! - `driver`, `device`: loading and launching.
 //! - [`geometry`]: block geometry as kernels take it; how a reduction is cut into units of work.
-//! - `affine`, `min_max`, `range`: one file for each `.cu` file, with the arguments' twins.
+//! - `affine`, `float`, `min_max`, `range`: one file for each `.cu` file, with the arguments' twins.
 //!
 //! Nothing here waits for the device or allocates on it (scratch memory comes from torch), so after one
 //! warm-up call has compiled what it needs, an op can be captured into a CUDA graph.
@@ -18,6 +18,7 @@ mod cache;
 mod device;
 mod driver;
 mod ffi;
+mod float;
 pub mod geometry;
 pub mod kernel;
 mod min_max;
@@ -49,6 +50,7 @@ impl From<Error> for Failure {
 /// Every kernel there is.
 pub fn kernels() -> Vec<Kernel> {
     let mut all = affine::kernels();
+    all.extend(float::kernels());
     all.extend(min_max::kernels());
     all.extend(range::kernels());
     all

@@ -55,6 +55,17 @@ pub unsafe fn elementwise<A>(
     unsafe { launcher.launch(kernel, blocks, &ElementwiseArgs { op, geometry }) }
 }
 
+/// Each kernel once: operations and dtypes share the second step of a reduction.
+pub fn distinct(kernels: impl IntoIterator<Item = Kernel>) -> Vec<Kernel> {
+    let mut all = Vec::new();
+    for kernel in kernels {
+        if !all.contains(&kernel) {
+            all.push(kernel);
+        }
+    }
+    all
+}
+
 /// The kernels of a reduction.
 pub struct ReduceKernels {
     runs: Kernel,

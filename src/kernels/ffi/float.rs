@@ -1,20 +1,18 @@
 //! The float ops' side of the C boundary.
 
-use super::{for_types, integers, status, View};
+use super::{for_types, integers, slice, status, View};
 use super::{BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
 use crate::encoding::{BlockGeometry, FloatFormat};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::float::{
-    self, FloatOp, FloatQuantize, FloatQuantizeDequantize, RoundToFormat,
-};
-use crate::kernels::cpu::Element;
+use crate::kernels::cpu::float::{self, FloatOp, FloatQuantize, FloatQuantizeDequantize};
+use crate::kernels::cpu::{elementwise, Compute, Element};
 use half::{bf16, f16};
 use std::ffi::c_void;
 
 /// How a tensor is quantized to a format. `scale` is a contiguous array of the compute type.
 #[repr(C)]
 pub struct Float {
-    scale: *const c_void,
+    pub(in super::super) scale: *const c_void,
     encoding: *const i64,
     encoding_ndim: i64,
     block: *const i64,
@@ -25,13 +23,13 @@ pub struct Float {
     finite: i32,
     unsigned_zero: i32,
     /// 0: quantize, 1: quantize-dequantize.
-    dequantize: i32,
+    pub(in super::super) dequantize: i32,
     /// 0: float32, 1: float64.
-    double_compute: i32,
+    pub(in super::super) double_compute: i32,
 }
 
 impl Float {
-    fn format(&self) -> Result<FloatFormat> {
+    pub(in super::super) fn format(&self) -> Result<FloatFormat> {
         FloatFormat::new(
             self.exponent_bits,
             self.mantissa_bits,
@@ -42,23 +40,13 @@ impl Float {
 
     /// # Safety
     /// The pointers are as `csrc/engine.h` says.
-    unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {
+    pub(in super::super) unsafe fn geometry(&self, input: &View) -> Result<BlockGeometry> {
         // SAFETY: by the contract.
         unsafe {
             let encoding = integers(self.encoding, self.encoding_ndim);
             let block = (self.block_len >= 0).then(|| integers(self.block, self.block_len));
             input.geometry(encoding, block)
         }
-    }
-
-    /// # Safety
-    /// `scale` holds `n` elements of `C`.
-    unsafe fn scales<C>(&self, n: usize) -> &[C] {
-        if n == 0 {
-            return &[];
-        }
-        // SAFETY: by the contract.
-        unsafe { std::slice::from_raw_parts(self.scale.cast(), n) }
     }
 }
 
@@ -94,12 +82,12 @@ pub unsafe extern "C" fn rimet_float_forward(
     input: *const View,
     output: *mut c_void,
 ) -> i32 {
-    unsafe fn forward<T: Element<C>, C: RoundToFormat>(
+    unsafe fn forward<T: Element<C>, C: Compute>(
         float: &Float,
         input: &View,
         output: *mut c_void,
     ) -> Result<()> {
-        unsafe fn apply<O: FloatOp, T: Element<C>, C: RoundToFormat>(
+        unsafe fn apply<O: FloatOp, T: Element<C>, C: Compute>(
             float: &Float,
             geometry: &BlockGeometry,
             format: &FloatFormat,
@@ -108,7 +96,7 @@ pub unsafe extern "C" fn rimet_float_forward(
         ) {
             // SAFETY: handed on.
             unsafe {
-                let scale = float.scales::<C>(geometry.num_groups());
+                let scale = slice::<C>(float.scale, geometry.num_groups());
                 float::forward::<O, T, C>(geometry, scale, format, input, output);
             }
         }
@@ -149,7 +137,7 @@ pub unsafe extern "C" fn rimet_float_backward(
     grad_input: *mut c_void,
     grad_scale: *mut c_void,
 ) -> i32 {
-    unsafe fn backward<T: Element<C>, C: RoundToFormat>(
+    unsafe fn backward<T: Element<C>, C: Compute>(
         float: &Float,
         input: &View,
         grad: *const c_void,
@@ -160,7 +148,7 @@ pub unsafe extern "C" fn rimet_float_backward(
         // SAFETY: by the contract; all tensors have the layout of `input`, which is dense.
         unsafe {
             let geometry = float.geometry(input)?;
-            let scale = float.scales::<C>(geometry.num_groups());
+            let scale = slice::<C>(float.scale, geometry.num_groups());
             let backward = if float.dequantize != 0 {
                 float::backward::<FloatQuantizeDequantize, T, C>
             } else {
@@ -174,11 +162,7 @@ pub unsafe extern "C" fn rimet_float_backward(
                 input.data.cast::<T>().cast_const(),
                 grad_input.cast(),
             );
-            if !grad_scale.is_null() {
-                for (i, sum) in sums.into_iter().enumerate() {
-                    grad_scale.cast::<C>().add(i).write(C::from_f64(sum));
-                }
-            }
+            elementwise::write_sums::<C, 1>(&sums, &[grad_scale.cast()]);
         }
         Ok(())
     }

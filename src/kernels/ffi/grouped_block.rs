@@ -1,9 +1,9 @@
 //! The grouped-block op's side of the C boundary.
 
-use super::{integers, status, View, FLOAT64};
+use super::{for_compute, integers, slice, slice_mut, status, View, FLOAT64};
 use crate::encoding::BlockGeometry;
 use crate::error::Result;
-use crate::kernels::cpu::{grouped_block, Compute};
+use crate::kernels::cpu::grouped_block;
 use std::ffi::c_void;
 
 /// Block scales, and the groups they are put in: how many along each dimension.
@@ -18,26 +18,6 @@ unsafe fn groups(scale: &View, shape: *const i64) -> Result<BlockGeometry> {
     }
 }
 
-/// # Safety
-/// `p` points to `n` elements, or `n` is 0.
-unsafe fn slice<'a, C>(p: *const c_void, n: usize) -> &'a [C] {
-    if n == 0 {
-        return &[];
-    }
-    // SAFETY: by the contract.
-    unsafe { std::slice::from_raw_parts(p.cast(), n) }
-}
-
-/// # Safety
-/// As [`slice`], and nothing else reads or writes the elements meanwhile.
-unsafe fn slice_mut<'a, C>(p: *mut c_void, n: usize) -> &'a mut [C] {
-    if n == 0 {
-        return &mut [];
-    }
-    // SAFETY: by the contract.
-    unsafe { std::slice::from_raw_parts_mut(p.cast(), n) }
-}
-
 /// Block scales as multiples of their group's: `output` like `scale`, `group_scale` an array.
 ///
 /// # Safety
@@ -50,35 +30,17 @@ pub unsafe extern "C" fn rimet_grouped_block_scale(
     output: *mut c_void,
     group_scale: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute>(
-        scale: &View,
-        shape: *const i64,
-        levels: i64,
-        output: *mut c_void,
-        group_scale: *mut c_void,
-    ) -> Result<()> {
-        // SAFETY: by the contract.
-        unsafe {
-            let geometry = groups(scale, shape)?;
-            let n = geometry.numel();
-            let of_groups = grouped_block::forward::<C>(
-                &geometry,
-                levels,
-                slice(scale.data, n),
-                slice_mut(output, n),
-            )?;
-            slice_mut(group_scale, of_groups.len()).copy_from_slice(&of_groups);
-        }
-        Ok(())
-    }
     // SAFETY: by the contract.
     status(|| unsafe {
         let scale = &*scale;
-        if scale.dtype == FLOAT64 {
-            write::<f64>(scale, shape, levels, output, group_scale)
-        } else {
-            write::<f32>(scale, shape, levels, output, group_scale)
-        }
+        let geometry = groups(scale, shape)?;
+        let n = geometry.numel();
+        for_compute!(scale.dtype == FLOAT64, C => {
+            let (scale, output) = (slice::<C>(scale.data, n), slice_mut(output, n));
+            let of_groups = grouped_block::forward(&geometry, levels, scale, output)?;
+            slice_mut(group_scale, of_groups.len()).copy_from_slice(&of_groups);
+        });
+        Ok(())
     })
 }
 
@@ -95,35 +57,16 @@ pub unsafe extern "C" fn rimet_grouped_block_scale_backward(
     grad_group: *const c_void,
     output: *mut c_void,
 ) -> i32 {
-    unsafe fn write<C: Compute>(
-        scale: &View,
-        shape: *const i64,
-        levels: i64,
-        incoming: [*const c_void; 2],
-        output: *mut c_void,
-    ) -> Result<()> {
-        // SAFETY: by the contract.
-        unsafe {
-            let geometry = groups(scale, shape)?;
-            let n = geometry.numel();
-            grouped_block::backward::<C>(
-                &geometry,
-                levels,
-                slice(scale.data, n),
-                slice(incoming[0], n),
-                slice(incoming[1], geometry.num_groups()),
-                slice_mut(output, n),
-            )
-        }
-    }
     // SAFETY: by the contract.
     status(|| unsafe {
         let scale = &*scale;
-        let incoming = [grad, grad_group];
-        if scale.dtype == FLOAT64 {
-            write::<f64>(scale, shape, levels, incoming, output)
-        } else {
-            write::<f32>(scale, shape, levels, incoming, output)
-        }
+        let geometry = groups(scale, shape)?;
+        let n = geometry.numel();
+        for_compute!(scale.dtype == FLOAT64, C => {
+            let (scale, grad) = (slice::<C>(scale.data, n), slice(grad, n));
+            let grad_group = slice(grad_group, geometry.num_groups());
+            let output = slice_mut(output, n);
+            grouped_block::backward(&geometry, levels, scale, grad, grad_group, output)
+        })
     })
 }

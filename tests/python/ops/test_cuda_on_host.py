@@ -24,7 +24,16 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from .test_registry import ENTRIES, GEOMETRIES, GRADIENTS, OPS, Geometry, compute_dtype, tensors
+from .test_registry import (
+    ENTRIES,
+    FORMAT,
+    GEOMETRIES,
+    GRADIENTS,
+    OPS,
+    Geometry,
+    compute_dtype,
+    tensors,
+)
 
 CUDA = torch._C.DispatchKey.CUDA
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -82,6 +91,8 @@ def plain(name: str, block: list[int] | None) -> tuple[Any, ...]:
         "dequantize": (block,),
         "quantize_dequantize": (0, 15, 0.5, block),
         "quantize_dequantize_range": (0, 15, False, 0.0, block),
+        "float_quantize": (*FORMAT, block),
+        "float_quantize_dequantize": (*FORMAT, block),
     }[name]
 
 
@@ -117,13 +128,14 @@ def test_forward_is_the_reference_bit_for_bit(
 def test_gradients_are_the_closed_form(name: str, geometry: str, dtype: torch.dtype) -> None:
     g = ON_CUDA[geometry]
     data = tensors(g, dtype)
-    first, second = (data[n].to(compute_dtype(dtype)) for n in ENTRIES[name][0][1:])
+    encodings = [data[n].to(compute_dtype(dtype)) for n in ENTRIES[name][0][1:]]
     x, grad = data["x"], data["grad"]
     # A shift of 0 here: GRADIENTS' references have none.
     rest = (0, 15, 0.0, g.block) if name == "quantize_dequantize" else plain(name, g.block)
     backward = getattr(CUDA_OPS, f"{name}_backward")
-    got = backward(grad, x, first, second, *rest, [True] * 3)
-    expected = GRADIENTS[name](g, grad, x, first, second)
+    everything = [True] * (1 + len(encodings))
+    got = backward(grad, x, *encodings, *rest, everything)
+    expected = GRADIENTS[name](g, grad, x, *encodings)
     # As in test_registry; half precision rounds the gradient of x once more.
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
     half = {torch.float16: 2**-11, torch.bfloat16: 2**-8}.get(dtype, 0.0)
@@ -132,12 +144,13 @@ def test_gradients_are_the_closed_form(name: str, geometry: str, dtype: torch.dt
         rtol = max(tolerance, half if i == 0 else 0.0)
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=tolerance * scale)
     # The gradient of x is the CPU kernel's to the bit, alone or with the sums; the sums come out alike.
-    on_cpu = getattr(OPS, f"{name}_backward")(grad, x, first, second, *rest, [True] * 3)
+    on_cpu = getattr(OPS, f"{name}_backward")(grad, x, *encodings, *rest, everything)
     assert same(got[0], on_cpu[0])
-    alone = backward(grad, x, first, second, *rest, [True, False, False])
-    assert same(alone[0], got[0]) and alone[1] is None and alone[2] is None
-    again = backward(grad, x, first, second, *rest, [False, True, True])
-    assert again[0] is None and same(again[1], got[1]) and same(again[2], got[2])
+    alone = backward(grad, x, *encodings, *rest, [True] + [False] * len(encodings))
+    assert same(alone[0], got[0]) and all(sums is None for sums in alone[1:])
+    again = backward(grad, x, *encodings, *rest, [False] + [True] * len(encodings))
+    assert again[0] is None
+    assert all(same(a, b) for a, b in zip(again[1:], got[1:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,13 +225,18 @@ def test_any_geometry_and_hostile_values_give_what_the_cpu_gives(
     second = torch.floor(torch.rand(encoding, generator=generator) * 8 - 12)
     if name.endswith("range"):
         first, second = -first, -second
+    is_float = name.startswith("float")
+    encodings = (first,) if is_float else (first, second)
     rest = plain(name, block)
-    if wide and name != "dequantize":
-        rest = (-(2**31), 2**31 - 1, *rest[2:])  # float64 inside
-    arguments = (x, first, second, *rest)
+    if wide and is_float:
+        rest = (8, 3, False, False, block)  # float64 inside
+    elif wide and name != "dequantize":
+        rest = (-(2**31), 2**31 - 1, *rest[2:])
+    arguments = (x, *encodings, *rest)
+    mask = [True] * (1 + len(encodings))
     assert same(getattr(CUDA_OPS, name)(*arguments), getattr(OPS, name)(*arguments))
     got, expected = (
-        getattr(ops, f"{name}_backward")(grad, *arguments, [True] * 3) for ops in (CUDA_OPS, OPS)
+        getattr(ops, f"{name}_backward")(grad, *arguments, mask) for ops in (CUDA_OPS, OPS)
     )
     assert same(got[0], expected[0])
     for a, b in zip(got[1:], expected[1:], strict=True):
@@ -229,6 +247,36 @@ def test_any_geometry_and_hostile_values_give_what_the_cpu_gives(
         CUDA_OPS.min_max(x, encoding, block), OPS.min_max(x, encoding, block), strict=True
     ):
         assert same(a, b)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (4, 3, True, False),
+        (4, 3, True, True),
+        (5, 2, False, False),
+        (2, 1, True, False),
+        (3, 0, True, False),
+        (0, 4, True, False),
+        (5, 10, False, False),
+        (8, 7, False, False),
+        (8, 23, False, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_value_of_a_format_is_the_cpus(fields: tuple[Any, ...], dtype: torch.dtype) -> None:
+    # Every bit pattern of 16-bit types; of the others values over the whole range, ties among them.
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype) if dtype.itemsize == 2 else bits.view(torch.bfloat16).to(dtype)
+    x = torch.cat([x, x * (1 + 2**-7)])
+    for scale in (torch.tensor(1.0), torch.tensor(0.3)):
+        for name in ("float_quantize", "float_quantize_dequantize"):
+            got, expected = (getattr(ops, name)(x, scale, *fields, None) for ops in (CUDA_OPS, OPS))
+            assert same(got, expected)
+            # The signs of zeros too.
+            numbers = ~expected.isnan()
+            assert torch.equal(got.signbit()[numbers], expected.signbit()[numbers])
 
 
 def test_gradients_of_no_elements_are_zero() -> None:

@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,28 @@ def test_masks_do_not_spoil_ranges() -> None:
     assert sim.report.functional_ops == ["functional.matmul_0", "functional.softmax_0"]
 
 
+def test_a_mask_that_was_added_before_does_not_spoil_ranges() -> None:
+    """As in LongT5: the mask goes into the position bias, and with it into each layer's scores."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            bias = self.bias + torch.where(keep > 0, 0.0, -1e10)
+            scores = x @ x.transpose(-1, -2)
+            scores += bias
+            return torch.softmax(scores, -1)
+
+    inputs = torch.randn(1, 3, 4), torch.tensor([[1, 1, 0]])
+    sim, output = simulate(Biased(), *inputs, default_output_bw=16)
+    torch.testing.assert_close(output, Biased.forward(sim.model, *inputs), atol=1e-3, rtol=0)
+    reasons = dict(sim.report.unquantized)
+    assert "such as a mask" in reasons[": add (call 0)"]
+    assert "infinities or the largest" in reasons[": add (call 1)"]
+
+
 def test_another_path_passes_unquantized_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -357,6 +380,30 @@ def test_torchscript(net: Any) -> None:
     torch.jit.save(torch.jit.trace(sim.model, x, check_trace=False), buffer)
     buffer.seek(0)
     assert torch.equal(torch.jit.load(buffer)(x), expected)
+
+
+class ComputesWithSizes(nn.Module):
+    """Sizes are tensors while torch.jit.trace runs: arithmetic on them must not count as calls."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = (x.size(1) + 1) * 2 // 4
+        scale = torch.tensor(0.5) + 1  # a tensor without dimensions that is no size
+        y = x[:, : half + 1] + 0.5
+        return (y + x.shape[0] / 2) * scale
+
+
+def test_sizes_that_are_traced_are_no_operations() -> None:
+    x = torch.randn(3, 8)
+    sim, output = simulate(ComputesWithSizes(), x, default_output_bw=4)
+    assert {name for name, _ in sim.model.functional.named_children()} == {
+        "add_1",
+        "add_2",
+        "mul_0",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        script = torch.jit.trace(sim.model, (x,))
+    assert torch.equal(script(x), output)
 
 
 def test_compiled_whole(net: Any) -> None:

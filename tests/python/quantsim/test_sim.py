@@ -20,6 +20,7 @@ import pytest
 import rimet
 import torch
 from rimet.common.defs import QuantizationDataType, QuantScheme
+from rimet.common.quant_utils import get_conv_accum_bounds
 from rimet.nn import QuantizationMixin, UnknownModuleError
 from rimet.nn.modules import custom
 from rimet.quantization import encoding_analyzer
@@ -492,6 +493,26 @@ def test_the_weight_of_a_functional_layer_is_quantized() -> None:
         assert torch.equal(sim.model(tokens), output)
 
 
+def test_modules_that_were_given_nothing_pass_nothing_on() -> None:
+    """As the mask head of a detector that finds no objects in the calibration data."""
+
+    class Detects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(2, 2), nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            return self.head(y[x[:, 0] > 100])
+
+    x = torch.randn(4, 2)
+    sim = QuantizationSimModel(Detects(), x)
+    sim.compute_encodings(lambda m: m(x))
+    assert sim.model(x).shape == (0, 3)
+    with pytest.raises(RuntimeError, match="head.output_quantizers.0.*before its range was set"):
+        sim.model(torch.full((1, 2), 1e3))
+
+
 # Files
 
 
@@ -830,13 +851,20 @@ def test_configuration_errors(
 
 
 def test_accumulator_overflow() -> None:
-    model = nn.Sequential(nn.Linear(100, 1), nn.Linear(1, 1))
+    model = nn.Sequential(nn.Conv2d(50, 2, (1, 2)), nn.Linear(1, 1), nn.ReLU())
     with torch.no_grad():
-        model[0].weight.fill_(1.0)
+        model[0].weight.fill_(0.9)
+        model[0].weight[1, 10:] = -1.0
         model[1].weight.fill_(1.0)
     name, used = check_accumulator_overflow(model, 8, 23)
-    assert name == "0"
-    assert used == pytest.approx(100 * 100 * 127 * 255 / 2**22)
+    # 255 steps from -1 to 1: 0.9 is 115 of them. The second channel has 80 weights of -1, which are
+    # -127.5 steps, to even: -128.
+    assert (name, used) == ("0", pytest.approx(255 * max(100 * 115, 80 * 128) / 2**22))
+    assert check_accumulator_overflow(nn.ReLU(), 8, 23) == (None, 0.0)
+    weight = model[0].weight.detach().numpy()
+    assert get_conv_accum_bounds(weight, 8, 23)[0] is False
+    assert get_conv_accum_bounds(weight, 8, 22)[0] is True
+    assert get_conv_accum_bounds(0 * weight, 8, 22) == (False, 0.0)
 
 
 def test_an_uncalibrated_forward_names_the_quantizer() -> None:

@@ -23,6 +23,7 @@ from rimet.batch_norm_fold import (
     fold_all_batch_norms_to_scale,
     fold_given_batch_norms,
 )
+from rimet.common.batch_norm_fold import batch_norm_fold
 from rimet.common.quantsim_config.utils import (
     get_path_for_per_channel_config,
     get_path_for_per_tensor_config,
@@ -227,6 +228,21 @@ def test_not_folded_wrongly(name: str) -> None:
     original = copy.deepcopy(model)
     assert fold_all_batch_norms(model, None, x) == []
     assert error(model, original, x) < EXACT
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_fold_of_arrays(backward: bool) -> None:
+    conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    layers = (conv, norm) if backward else (norm, conv)
+    model = randomize(nn.Sequential(*layers).double())
+    expected = model(noise(2, 4, 5, 5).double())
+    sigma = (norm.running_var + norm.eps).sqrt()
+    arrays = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, sigma]
+    weight, bias = batch_norm_fold(*(t.detach().numpy() for t in arrays), backward)
+    got = F.conv2d(noise(2, 4, 5, 5).double(), torch.tensor(weight), torch.tensor(bias))
+    torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT)
+    with pytest.raises(ValueError, match="sigma"):
+        batch_norm_fold(*(t.detach().numpy() for t in (*arrays[:5], sigma * 0)), backward)
 
 
 def test_frozen_norms_of_torchvision() -> None:

@@ -46,6 +46,8 @@ _Self = TypeVar("_Self", bound="AffineQuantizerBase")
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_function_transform = torch._C._functorch.peek_interpreter_stack
 _NAN = float("nan")
 
 
@@ -359,6 +361,9 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             input = _as_plain(input)
             self._observe(input)
             return input
+        if not self._ready and not input.numel() and not self.is_initialized():
+            # Nothing was detected, neither now nor in calibration.
+            return _as_plain(input)
         low, high = self._range()
         if isinstance(input, QuantizedTensorBase):
             input = input.as_subclass(torch.Tensor)
@@ -635,6 +640,34 @@ class QuantizeDequantize(AffineQuantizerBase):
         return _backends._override.quantize_dequantize(
             input, scale, offset, self.qmin, self.qmax, self.block_size, self.zero_point_shift
         )
+
+    def _may_overwrite(self) -> bool:
+        """Whether :meth:`_overwrite` would do what :meth:`_forward_tensor` does: the kernel alone,
+        no gradient, no graph being made, no function transform.
+        """
+        return not (
+            _grad_enabled()
+            or self._calibrating
+            or _backends._override is not None
+            or _is_compiling()
+            or _is_tracing() is not None
+            or _function_transform() is not None
+        )
+
+    def _overwrite(self, input: torch.Tensor) -> torch.Tensor:
+        """The quantizer's values, written into the plain tensor they are of."""
+        low, high = self._range()
+        _ops.quantize_dequantize_range_(
+            input,
+            low,
+            high,
+            self.qmin,
+            self.qmax,
+            self._symmetric,
+            self.zero_point_shift,
+            self.block_size,
+        )
+        return input
 
     def _wrap(
         self, output: torch.Tensor, low: torch.Tensor, high: torch.Tensor
