@@ -50,6 +50,7 @@ SUPPORTED_MODULES = SUPPORTED
 
 _SYMMETRIES = ("symqt", "symfp", "asym")
 _LOSSES = ("mse", "l1", "sqnr")
+_SHARED_RANGES = ("widest", "sum")
 
 
 def default_forward_fn(model: nn.Module, inputs: Any) -> Any:
@@ -81,9 +82,12 @@ class SeqMseParams:
             ``asym`` each of its own.
         loss_fn: ``mse``, ``l1`` or ``sqnr`` of the outputs.
         forward_fn: called with a model and a batch, runs the model on it.
+        shared_range: what output channels that share a range (per-tensor grids) get: ``widest`` of
+            the ranges that each would choose for itself, as in AIMET, or that of the least ``sum`` of
+            their losses.
 
     Raises:
-        ValueError: another symmetry or loss, or fewer than one candidate.
+        ValueError: another symmetry, loss or shared range, or fewer than one candidate.
     """
 
     num_batches: int | None
@@ -91,6 +95,7 @@ class SeqMseParams:
     inp_symmetry: str = "symqt"
     loss_fn: str = "mse"
     forward_fn: ForwardFn = default_forward_fn
+    shared_range: str = "widest"
 
     def __post_init__(self) -> None:
         if self.inp_symmetry not in _SYMMETRIES:
@@ -99,6 +104,11 @@ class SeqMseParams:
             )
         if self.loss_fn not in _LOSSES:
             raise ValueError(f"loss_fn: expected one of {', '.join(_LOSSES)}, got {self.loss_fn!r}")
+        if self.shared_range not in _SHARED_RANGES:
+            raise ValueError(
+                f"shared_range: expected one of {', '.join(_SHARED_RANGES)}, got "
+                f"{self.shared_range!r}"
+            )
         if self.num_candidates < 1:
             raise ValueError(f"num_candidates: expected 1 or more, got {self.num_candidates}")
 
@@ -158,6 +168,7 @@ def apply_seq_mse(
     *,
     inp_symmetry: str = "symqt",
     loss_fn: str = "mse",
+    shared_range: str = "widest",
     results_dir: str | os.PathLike[str] | None = None,
     memory_budget: int | None = None,
     progress: bool = True,
@@ -186,6 +197,7 @@ def apply_seq_mse(
             ``min`` and ``max`` of finished layers. Those that are there are taken as they are.
         inp_symmetry: see :class:`SeqMseParams`.
         loss_fn: see :class:`SeqMseParams`.
+        shared_range: see :class:`SeqMseParams`.
         results_dir: folder for the results of finished layers, with reports; a second run with the
             same data and settings takes them up, one with others is refused.
         memory_budget: bytes of activations in memory at once; None: a quarter of what is free.
@@ -200,7 +212,7 @@ def apply_seq_mse(
         FingerprintMismatchError: ``results_dir`` holds the results of another run.
     """
     check_checkpoints_config(checkpoints_config)
-    params = SeqMseParams(None, num_candidates, inp_symmetry, loss_fn, forward_fn)
+    params = SeqMseParams(None, num_candidates, inp_symmetry, loss_fn, forward_fn, shared_range)
     excluded = list(modules_to_exclude or ())
     return _run(sim, data_loader, params, excluded, cache_dir, results_dir, memory_budget, progress)
 
@@ -239,6 +251,7 @@ class _SequentialMse(WeightTechnique):
             "num_candidates": params.num_candidates,
             "inp_symmetry": params.inp_symmetry,
             "loss_fn": params.loss_fn,
+            "shared_range": params.shared_range,
         }
         self.progress = progress
         self._cache = cache
@@ -271,10 +284,10 @@ class _SequentialMse(WeightTechnique):
         output_axis = 1 if isinstance(layer.module, TRANSPOSED) else 0
         channels = layer.module.weight.shape[output_axis]
         whole = [1] * (dims - len(shape)) + shape
-        if whole[output_axis] == 1 < channels and not isinstance(
-            quantizer, GroupedBlockQuantizeDequantize
-        ):
-            # Output channels that share a range: each chooses, and the widest serves them all.
+        is_grouped = isinstance(quantizer, GroupedBlockQuantizeDequantize)
+        is_shared = whole[output_axis] == 1 < channels and not is_grouped
+        if is_shared and self.settings["shared_range"] == "widest":
+            # Each output channel chooses for itself.
             axis = output_axis
             shape = [channels if i == axis else n for i, n in enumerate(whole)]
             if blocks is not None:
