@@ -8,6 +8,7 @@ iterations; for Sequential MSE each layer's forward pass on all data for each ca
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from rimet.seq_mse import apply_seq_mse
 from torch import Tensor, nn
 
 from benchmarks import ptq_models
-from benchmarks.harness import Contestant, Finding, Reach, Remote, Row, Size, Timed
+from benchmarks.harness import KEEP_MEMORY, Contestant, Finding, Reach, Remote, Row, Size, Timed
 
 SECTION = "ptq"
 BITS = 4
@@ -136,6 +137,7 @@ def growth(depth: int, size: Size) -> Row:
     """A chain of equal layers against as many layers in chains of ten."""
     width, base = size.pick(256, 8), size.pick(10, 2)
     candidates = size.pick(20, 2)
+    output = Output()
 
     def model(depth: int) -> dict[str, Any]:
         shape = [size.pick(256, 4), width]
@@ -151,6 +153,8 @@ def growth(depth: int, size: Size) -> Row:
         def run() -> None:
             for sim in simulations:
                 apply_seq_mse(sim, batches, candidates, progress=False)
+            if times == 1:
+                output.weights = simulations[0].model
 
         return Timed(run, before)
 
@@ -158,7 +162,7 @@ def growth(depth: int, size: Size) -> Row:
         "model": model(depth),
         "candidates": candidates,
         "lpbq_block": None,
-        "output": str(Output().aimets),
+        "output": str(output.aimets),
     }
     return Row(
         SECTION,
@@ -172,6 +176,7 @@ def growth(depth: int, size: Size) -> Row:
         unit="linear",
         reaches=[Reach("rimet", "linear", 1.5)],
         lasting_turns=3,
+        findings=lambda: errors(model(depth), output),
     )
 
 
@@ -181,7 +186,9 @@ def memory(size: Size) -> Row:
 
     def run() -> None:
         command = [sys.executable, "-m", "benchmarks.ptq_memory", *(["--toy"] if size.toy else [])]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        # With the allocator as it is by default: what is freed goes back to the system.
+        environment = {key: text for key, text in os.environ.items() if key not in KEEP_MEMORY}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         measured[:] = [json.loads(done.stdout)]
 
     def found() -> list[Finding]:

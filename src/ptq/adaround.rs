@@ -532,7 +532,7 @@ impl GramLoss {
         let change = map.matrix(&(rounded - layer.weight))?;
         let mut grad = self.constant.f_baddbmm(&change, &self.gram, 1, 1)?;
         let _ = grad.f_mul_scalar_(self.factor)?;
-        map.from_matrix(&grad, layer.weight)
+        map.from_matrix(&grad, &layer.weight.size())
     }
 }
 

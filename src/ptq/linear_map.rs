@@ -143,11 +143,10 @@ impl LinearMap {
             .f_reshape([groups, size[1], -1])?)
     }
 
-    /// The inverse of [`matrix`](Self::matrix), in the shape of `weight`.
-    pub fn from_matrix(&self, matrix: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        let size = weight.size();
+    /// The inverse of [`matrix`](Self::matrix), for a weight of shape `size`.
+    pub fn from_matrix(&self, matrix: &Tensor, size: &[i64]) -> Result<Tensor> {
         if !self.transposed() {
-            return Ok(matrix.f_reshape(&size)?);
+            return Ok(matrix.f_reshape(size)?);
         }
         let groups = self.groups();
         let mut split = vec![groups, size[1], size[0] / groups];
@@ -157,7 +156,7 @@ impl LinearMap {
             .f_reshape(&split)?
             .f_flip(&taps)?
             .f_transpose(1, 2)?
-            .f_reshape(&size)?)
+            .f_reshape(size)?)
     }
 
     /// The rows that the weight matrix is applied to: `[groups, N, K]` of a [padded](Self::padded)
@@ -341,14 +340,14 @@ mod tests {
             assert!(got.allclose(&expected, 1e-10, 1e-10, false), "{map:?}");
             assert_eq!(rows.size()[1], map.num_rows(&output));
             assert_eq!(rows.size()[1], map.num_rows_of_input(&input, &weight));
-            let back = map.from_matrix(&matrix, &weight).unwrap();
+            let back = map.from_matrix(&matrix, &weight.size()).unwrap();
             assert_eq!(back, weight);
 
             let grad = Tensor::randn_like(&output);
             let got = map.weight_gradient(&grad, &input, &weight).unwrap();
             let grad_rows = map.output_rows(&grad).unwrap();
             let of_matrix = grad_rows.transpose(1, 2).matmul(&rows);
-            let expected = map.from_matrix(&of_matrix, &weight).unwrap();
+            let expected = map.from_matrix(&of_matrix, &weight.size()).unwrap();
             assert!(got.allclose(&expected, 1e-10, 1e-10, false), "{map:?}");
         }
     }

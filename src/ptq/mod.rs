@@ -10,8 +10,10 @@ pub mod bias_correction;
 pub mod cross_layer_equalization;
 mod layer;
 pub mod linear_map;
+mod pieces;
 pub mod random;
 mod rows;
 pub mod seq_mse;
+mod sketch;
 
 pub use layer::Layer;

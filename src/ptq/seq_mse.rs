@@ -4,10 +4,13 @@
 //! least error of the outputs it has a part in, on calibration data. A block of input channels counts
 //! with its own part of the output.
 //!
-//! For the quadratic losses the error of a candidate with weight change `e = W - W'` is `e^T G e` with
+//! For the quadratic losses the error of a candidate with weight change `e = W' - W` is `e^T G e` with
 //! the Gram matrix `G = X^T X` of the input rows, made once. Where there are few rows, the rows themselves
 //! cost less: `|X e|^2`. Whichever counts fewer operations is taken. Products are float32, their sums
-//! over pieces of the rows float64.
+//! over pieces of the rows float64. Where a layer is one block, candidates that cannot win are found by a lower
+//! bound and left out (see [`pruned`]).
+
+mod pruned;
 
 use super::linear_map::{compute_kind, LinearMap};
 use super::rows::{for_each_piece, rows_of, Batches, Gram};
@@ -134,7 +137,8 @@ pub type Progress<'a> = dyn FnMut(u32) -> Result<()> + 'a;
 
 /// Chooses the range of a layer's weight quantizer.
 ///
-/// Memory on top of the inputs: three times the weight, and either 64 MB of rows or three Gram matrices.
+/// Memory on top of the inputs: four times the weight, 64 MB of inputs, and either 64 MB of rows and three Gram
+/// matrices or the outputs of a piece of the inputs.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -164,10 +168,14 @@ pub fn seq_mse(
         weight: &weight,
         layout: &layout,
     };
-    let (losses, method) = if search.gram_is_cheaper()? {
-        (search.by_gram(progress)?, Method::Gram)
-    } else {
-        (search.by_rows(progress)?, Method::Rows)
+    let pruned = match pruned::applies(&search) {
+        true => pruned::losses(&search, progress)?,
+        false => None,
+    };
+    let (losses, method) = match pruned {
+        Some(found) => found,
+        None if search.gram_is_cheaper()? => (search.by_gram(progress)?, Method::Gram),
+        None => (search.by_rows(progress)?, Method::Rows),
     };
     search.choose(&losses, method)
 }
@@ -314,6 +322,19 @@ impl Layout {
     }
 }
 
+/// What the error of every change `e` of the weights follows from: `e^T gram e - double_cross e + constant`. By unit
+/// (group and block of columns) and output channel.
+struct Sums {
+    /// `[units, columns, columns]`
+    gram: Tensor,
+    /// `[units, out, columns]`; `None`: zeros.
+    double_cross: Option<Tensor>,
+    /// `[units, out]`, float64.
+    constant: Tensor,
+    /// Energy of the outputs, for [`Loss::Sqnr`]; `[units, out]`, float64.
+    signal: Tensor,
+}
+
 struct Search<'a> {
     problem: &'a Problem<'a>,
     config: &'a Config,
@@ -323,13 +344,11 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// `W - W'` of a candidate, `[groups * blocks, out, columns]`.
+    /// `W' - W` of a candidate, `[groups * blocks, out, columns]`.
     fn change(&self, (min, max): &(Tensor, Tensor)) -> Result<Tensor> {
-        let rounded = self
-            .problem
-            .quantizer
-            .quantize_dequantize(self.weight, min, max)?;
-        self.matrix(&(self.weight - rounded))
+        let quantizer = self.problem.quantizer;
+        let mut change = quantizer.quantize_dequantize(self.weight, min, max)?;
+        self.matrix(&change.f_sub_(self.weight)?)
     }
 
     fn matrix(&self, weight: &Tensor) -> Result<Tensor> {
@@ -408,8 +427,8 @@ impl Search<'_> {
             |batch| self.load(batch),
             |piece| {
                 let columns = piece[0].f_transpose(1, 2)?;
-                // The shift's sign: W x - W' x' = e x' + W (x - x').
-                let shift = self.shift(piece, &matrix)?.map(|s| s.neg());
+                // W' x' - W x = (W' - W) x' - W (x - x').
+                let shift = self.shift(piece, &matrix)?;
                 if self.config.loss == Loss::Sqnr {
                     let target = matrix.f_bmm(&self.target_rows(piece).f_transpose(1, 2)?)?;
                     let _ = signal.f_add_(&reconstruction_error(&target, None, "mse")?)?;
@@ -426,7 +445,8 @@ impl Search<'_> {
         self.losses(errors, &signal)
     }
 
-    fn by_gram(&self, progress: &mut Progress<'_>) -> Result<Vec<Tensor>> {
+    /// The sums over all rows that the quadratic losses consist of.
+    fn sums(&self, progress: &mut Progress<'_>) -> Result<Sums> {
         let matrix = self.matrix(self.weight)?;
         let batch = matrix.size()[0];
         let columns = self.layout.columns;
@@ -442,7 +462,6 @@ impl Search<'_> {
         let zeros = |size: &[i64]| Tensor::f_zeros(size, (Kind::Double, self.weight.device()));
         let mut constant = zeros(&matrix.size()[..2])?;
         let mut cross = zeros(&matrix.size())?;
-        let asymmetric = self.config.symmetry == InputSymmetry::Asym;
         for_each_piece(
             self.problem.num_batches,
             |batch| self.load(batch),
@@ -460,7 +479,6 @@ impl Search<'_> {
         )?;
         let kind = compute_kind(self.weight);
         let gram = gram.finish(kind)?;
-        let cross = cross.f_to_kind(kind)?;
         let signal = match self.config.loss {
             Loss::Sqnr => {
                 let target_gram = match target_gram {
@@ -471,35 +489,50 @@ impl Search<'_> {
             }
             _ => zeros(&matrix.size()[..2])?,
         };
+        let asymmetric = self.config.symmetry == InputSymmetry::Asym;
+        Ok(Sums {
+            gram,
+            double_cross: match asymmetric {
+                true => Some((cross * 2.0).f_to_kind(kind)?),
+                false => None,
+            },
+            constant,
+            signal,
+        })
+    }
+
+    fn by_gram(&self, progress: &mut Progress<'_>) -> Result<Vec<Tensor>> {
+        let sums = self.sums(progress)?;
         let mut errors = Vec::with_capacity(self.ranges.len());
         for (i, range) in self.ranges.iter().enumerate() {
             let change = self.change(range)?;
-            let mut product = change.f_bmm(&gram)?;
-            if asymmetric {
-                product += &cross * 2.0;
+            let mut product = change.f_bmm(&sums.gram)?;
+            if let Some(cross) = &sums.double_cross {
+                product -= cross;
             }
-            errors.push(row_dot(&product, &change)? + &constant);
+            errors.push(row_dot(&product, &change)? + &sums.constant);
             progress(i as u32 + 1)?;
         }
-        self.losses(errors, &signal)
+        self.losses(errors, &sums.signal)
     }
 
-    /// Losses per encoding from squared or absolute errors per output channel.
+    /// Loss of each output channel from its squared or absolute errors.
+    fn loss(&self, error: &Tensor, signal: &Tensor) -> Result<Tensor> {
+        Ok(match self.config.loss {
+            Loss::Mse | Loss::L1 => error.shallow_clone(),
+            // Decibels of the noise over the signal; tiny values keep zeros finite.
+            Loss::Sqnr => {
+                let (noise, signal) = (error.f_clamp_min(1e-30)?, signal.f_clamp_min(1e-30)?);
+                (noise / signal).f_log10()? * 10.0
+            }
+        })
+    }
+
+    /// Losses per encoding from errors per output channel.
     fn losses(&self, errors: Vec<Tensor>, signal: &Tensor) -> Result<Vec<Tensor>> {
         errors
-            .into_iter()
-            .map(|error| {
-                let loss = match self.config.loss {
-                    Loss::Mse | Loss::L1 => error,
-                    // Decibels of the noise over the signal; tiny values keep zeros finite.
-                    Loss::Sqnr => {
-                        let (noise, signal) =
-                            (error.f_clamp_min(1e-30)?, signal.f_clamp_min(1e-30)?);
-                        (noise / signal).f_log10()? * 10.0
-                    }
-                };
-                self.layout.per_encoding(&loss)
-            })
+            .iter()
+            .map(|error| self.layout.per_encoding(&self.loss(error, signal)?))
             .collect()
     }
 

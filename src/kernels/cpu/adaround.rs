@@ -8,11 +8,12 @@
 //! ```
 
 use super::affine::Encodings;
-use super::element::{load_lanes, store_lanes, Compute, Element, LANES};
+use super::element::{load_up_to, store_up_to, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
 use super::math::Transcendental;
 use super::parallel::{for_each_range, Shared, GRAIN};
 use super::reduce::{fill_groups, TILE};
+use super::vector::Vector;
 use super::walk::Pieces;
 use crate::encoding::{AffineGrid, BlockGeometry};
 
@@ -35,64 +36,99 @@ impl<C: Compute> Ends<C> {
             qmax: C::from_f64(grid.qmax() as f64),
         }
     }
+
+    #[inline(always)]
+    fn splat<S: Simd>(&self) -> (C::V<S>, C::V<S>) {
+        (Vector::splat(self.qmin), Vector::splat(self.qmax))
+    }
+}
+
+#[inline(always)]
+fn number<S: Simd, C: Compute>(value: f64) -> C::V<S> {
+    Vector::splat(C::from_f64(value))
 }
 
 /// `h(alpha)` and its derivative. The clamp passes the gradient on its bounds, as torch's does.
 #[inline(always)]
-fn rectified_sigmoid<S: Simd, C: Transcendental>(alpha: C) -> (C, C) {
-    let one = C::from_f64(1.0);
-    let stretch = C::from_f64(ZETA - GAMMA);
-    let sigmoid = one / (one + (-alpha).exp::<S>());
-    let raw = sigmoid * stretch + C::from_f64(GAMMA);
-    let free = (raw >= C::ZERO) & (raw <= one);
-    let slope = stretch * sigmoid * (one - sigmoid);
-    (raw.limit(C::ZERO, one), if free { slope } else { C::ZERO })
+fn rectified_sigmoid<S: Simd, C: Transcendental>(alpha: C::V<S>) -> (C::V<S>, C::V<S>) {
+    let (zero, one) = (number::<S, C>(0.0), number::<S, C>(1.0));
+    let stretch = number::<S, C>(ZETA - GAMMA);
+    let sigmoid = one.div(one.add(C::exp::<S>(zero.sub(alpha))));
+    let raw = sigmoid.mul(stretch).add(number::<S, C>(GAMMA));
+    let free = <C::V<S>>::and(zero.le(raw), raw.le(one));
+    let slope = stretch.mul(sigmoid).mul(one.sub(sigmoid));
+    (raw.limit(zero, one), <C::V<S>>::select(free, slope, zero))
 }
 
 #[inline(always)]
-fn floor<S: Simd, C: Compute>(x: C) -> C {
-    let rounded = x.round::<S>();
-    if rounded > x {
-        rounded - C::from_f64(1.0)
-    } else {
-        rounded
+fn floor<S: Simd, C: Compute>(x: C::V<S>) -> C::V<S> {
+    let rounded = x.round();
+    <C::V<S>>::select(rounded.le(x), rounded, rounded.sub(number::<S, C>(1.0)))
+}
+
+/// Scale and offset of sixteen neighbours.
+#[derive(Clone, Copy)]
+struct Grid<V> {
+    scale: V,
+    offset: V,
+    /// Lower and upper end.
+    ends: (V, V),
+}
+
+impl<V> Grid<V> {
+    /// The value at a position on the grid, `floor(x / scale) + h`.
+    #[inline(always)]
+    fn value<C: Compute>(&self, position: V) -> V
+    where
+        V: Vector<C>,
+    {
+        let level = position.sub(self.offset).limit(self.ends.0, self.ends.1);
+        level.add(self.offset).mul(self.scale)
+    }
+
+    /// The gradient of the position's `h`, times `slope`, where `grad` comes in: none off the grid.
+    #[inline(always)]
+    fn gradient<C: Compute>(&self, grad: V, position: V, slope: V) -> V
+    where
+        V: Vector<C>,
+    {
+        let level = position.sub(self.offset);
+        let inside = V::and(self.ends.0.le(level), level.le(self.ends.1));
+        V::select(inside, grad.mul(self.scale).mul(slope), V::splat(C::ZERO))
     }
 }
 
-/// Position on the grid, not clamped.
+/// `|2 h - 1|^exponent` with the sign of `2 h - 1`.
 #[inline(always)]
-fn level<S: Simd, C: Compute>(x: C, h: C, scale: C, offset: C) -> C {
-    (floor::<S, C>(x / scale) + h) - offset
+fn signed_power<S: Simd, C: Transcendental>(h: C::V<S>, exponent: C::V<S>) -> C::V<S> {
+    let u = h.add(h).sub(number::<S, C>(1.0));
+    let magnitude = u.abs().max(number::<S, C>(1e-30));
+    // e^-60 is nothing beside 1, and its products are no subnormals, which take many times as long.
+    let logarithm = number::<S, C>(-60.0).max(C::ln::<S>(magnitude).mul(exponent));
+    C::exp::<S>(logarithm).with_sign_of(u)
 }
 
-#[inline(always)]
-fn dequantized<C: Compute>(level: C, scale: C, offset: C, ends: &Ends<C>) -> C {
-    (level.limit(ends.qmin, ends.qmax) + offset) * scale
-}
-
-/// `|2 h - 1|^exponent` with its sign.
-#[inline(always)]
-fn signed_power<S: Simd, C: Transcendental>(h: C, exponent: C) -> (C, C) {
-    let one = C::from_f64(1.0);
-    let u = h + h - one;
-    let negative = u < C::ZERO;
-    let magnitude = if negative { -u } else { u };
-    // Below, any power of at least 1 is nothing beside 1.
-    let smallest = C::from_f64(1e-30);
-    let positive = if magnitude > smallest {
-        magnitude
-    } else {
-        smallest
-    };
-    let power = (positive.ln::<S>() * exponent).exp::<S>();
-    (power, if negative { -one } else { one })
-}
-
-/// What is done with up to sixteen neighbours.
-trait Lanes<C> {
+/// What is done with neighbours, up to `N` vectors of sixteen.
+trait Lanes<C: Compute> {
+    /// The grid's ends.
+    fn ends(&self) -> Ends<C>;
     /// # Safety
-    /// The `n <= LANES` elements from `at` are inside the tensors, and no other call has them.
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES], offset: &[C; LANES]);
+    /// The `n` elements from `at`, more than `N - 1` vectors and at most `N`, are inside the tensors, and no other call has them.
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>);
+}
+
+/// Vectors worked on at a time. One alone waits for itself: a step is a chain of some 130 operations.
+const UNROLL: usize = 4;
+
+/// Where the vectors of up to `N * LANES` elements begin, and how many of each there are; `n` is more than
+/// `(N - 1) * LANES`.
+#[inline(always)]
+fn parts<const N: usize>(at: usize, n: usize) -> [(usize, usize); N] {
+    let mut parts = [(at, n); N];
+    for (j, part) in parts.iter_mut().enumerate() {
+        *part = (at + j * LANES, LANES.min(n - j * LANES));
+    }
+    parts
 }
 
 struct Walk<'a, C, L> {
@@ -109,16 +145,28 @@ impl<C: Compute, L: Lanes<C>> Body for Walk<'_, C, L> {
     fn run<S: Simd>(self) {
         let Encodings { scale, offset } = self.encodings;
         let inner = self.geometry.dims().last().copied().unwrap_or_default();
+        let ends = self.lanes.ends().splat::<S>();
         if self.geometry.is_uniform() || (inner.group_stride == 0 && inner.size >= LANES) {
             for p in Pieces::new(self.geometry, self.begin, self.end) {
                 for r in 0..p.count {
                     let (start, group) = (p.start + r * p.len, p.group + r * p.group_step);
-                    let (s, o) = ([scale[group]; LANES], [offset[group]; LANES]);
-                    for i in (0..p.len).step_by(LANES) {
-                        // SAFETY: pieces lie inside `begin..end`, which is this call's alone.
-                        unsafe {
-                            self.lanes
-                                .lanes::<S>(start + i, LANES.min(p.len - i), &s, &o);
+                    let grid = Grid {
+                        scale: Vector::splat(scale[group]),
+                        offset: Vector::splat(offset[group]),
+                        ends,
+                    };
+                    let mut i = 0;
+                    // SAFETY: pieces lie inside `begin..end`, which is this call's alone.
+                    unsafe {
+                        while i + UNROLL * LANES <= p.len {
+                            let n = UNROLL * LANES;
+                            self.lanes.lanes::<S, UNROLL>(start + i, n, &grid);
+                            i += n;
+                        }
+                        while i < p.len {
+                            let n = LANES.min(p.len - i);
+                            self.lanes.lanes::<S, 1>(start + i, n, &grid);
+                            i += n;
                         }
                     }
                 }
@@ -136,8 +184,13 @@ impl<C: Compute, L: Lanes<C>> Body for Walk<'_, C, L> {
                     s[j] = scale[group];
                     o[j] = offset[group];
                 }
+                let grid = Grid {
+                    scale: Vector::from_array(s),
+                    offset: Vector::from_array(o),
+                    ends,
+                };
                 // SAFETY: as above.
-                unsafe { self.lanes.lanes::<S>(begin + i, n, &s, &o) };
+                unsafe { self.lanes.lanes::<S, 1>(begin + i, n, &grid) };
             }
         }
     }
@@ -173,24 +226,25 @@ struct Forward<T, C> {
 unsafe impl<T, C> Sync for Forward<T, C> {}
 
 impl<T: Element<C>, C: Transcendental> Lanes<C> for Forward<T, C> {
+    fn ends(&self) -> Ends<C> {
+        self.ends
+    }
     #[inline(always)]
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES], offset: &[C; LANES]) {
-        // SAFETY: by the contract.
-        unsafe {
-            let x = load_lanes::<S, T, C>(self.input.add(at), n);
-            let a = load_lanes::<S, T, C>(self.alpha.add(at), n);
-            let mut y = [C::ZERO; LANES];
-            for j in 0..LANES {
-                let hard = C::from_f64(if a[j] >= C::ZERO { 1.0 } else { 0.0 });
-                let h = if self.soft {
-                    rectified_sigmoid::<S, C>(a[j]).0
-                } else {
-                    hard
-                };
-                let q = level::<S, C>(x[j], h, scale[j], offset[j]);
-                y[j] = dequantized(q, scale[j], offset[j], &self.ends);
-            }
-            store_lanes::<S, T, C>(self.output.add(at), n, &y);
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
+        for (at, n) in parts::<N>(at, n) {
+            // SAFETY: by the contract.
+            let x = unsafe { load_up_to::<S, T, C>(self.input.add(at), n) };
+            // SAFETY: by the contract.
+            let alpha = unsafe { load_up_to::<S, T, C>(self.alpha.add(at), n) };
+            let (zero, one) = (number::<S, C>(0.0), number::<S, C>(1.0));
+            let h = if self.soft {
+                rectified_sigmoid::<S, C>(alpha).0
+            } else {
+                <C::V<S>>::select(zero.le(alpha), one, zero)
+            };
+            let position = floor::<S, C>(x.div(grid.scale)).add(h);
+            // SAFETY: by the contract.
+            unsafe { store_up_to::<S, T, C>(self.output.add(at), n, grid.value(position)) };
         }
     }
 }
@@ -235,32 +289,23 @@ struct Backward<T, C> {
 // SAFETY: `grad_alpha` is written in disjoint stretches, the others are only read.
 unsafe impl<T, C> Sync for Backward<T, C> {}
 
-/// Gradient of the soft rounding with respect to alpha, where `g` comes in.
-#[inline(always)]
-fn gradient<C: Compute>(g: C, q: C, slope: C, scale: C, ends: &Ends<C>) -> C {
-    let inside = (q >= ends.qmin) & (q <= ends.qmax);
-    if inside {
-        g * scale * slope
-    } else {
-        C::ZERO
-    }
-}
-
 impl<T: Element<C>, C: Transcendental> Lanes<C> for Backward<T, C> {
+    fn ends(&self) -> Ends<C> {
+        self.ends
+    }
     #[inline(always)]
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES], offset: &[C; LANES]) {
-        // SAFETY: by the contract.
-        unsafe {
-            let g = load_lanes::<S, T, C>(self.grad.add(at), n);
-            let x = load_lanes::<S, T, C>(self.input.add(at), n);
-            let a = load_lanes::<S, T, C>(self.alpha.add(at), n);
-            let mut y = [C::ZERO; LANES];
-            for j in 0..LANES {
-                let (h, slope) = rectified_sigmoid::<S, C>(a[j]);
-                let q = level::<S, C>(x[j], h, scale[j], offset[j]);
-                y[j] = gradient(g[j], q, slope, scale[j], &self.ends);
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
+        for (at, n) in parts::<N>(at, n) {
+            // SAFETY: by the contract.
+            unsafe {
+                let grad = load_up_to::<S, T, C>(self.grad.add(at), n);
+                let x = load_up_to::<S, T, C>(self.input.add(at), n);
+                let alpha = load_up_to::<S, T, C>(self.alpha.add(at), n);
+                let (h, slope) = rectified_sigmoid::<S, C>(alpha);
+                let position = floor::<S, C>(x.div(grid.scale)).add(h);
+                let gradient = grid.gradient(grad, position, slope);
+                store_up_to::<S, T, C>(self.grad_alpha.add(at), n, gradient);
             }
-            store_lanes::<S, T, C>(self.grad_alpha.add(at), n, &y);
         }
     }
 }
@@ -307,18 +352,22 @@ impl<T: Element<C>, C: Transcendental> Body for RegularizerSum<T, C> {
     type Output = f64;
     #[inline(always)]
     fn run<S: Simd>(self) -> f64 {
-        let mut sums = [0.0_f64; LANES];
+        let beta = Vector::splat(self.beta);
+        let one = number::<S, C>(1.0);
+        let mut total = 0.0;
         for at in (0..self.len).step_by(LANES) {
             let n = LANES.min(self.len - at);
             // SAFETY: `n` elements from `at` are inside the chunk.
-            let a = unsafe { load_lanes::<S, T, C>(self.alpha.add(at), n) };
-            for j in 0..n {
-                let (h, _) = rectified_sigmoid::<S, C>(a[j]);
-                let (power, _) = signed_power::<S, C>(h, self.beta);
-                sums[j] += 1.0 - power.to_f64();
+            let alpha = unsafe { load_up_to::<S, T, C>(self.alpha.add(at), n) };
+            let (h, _) = rectified_sigmoid::<S, C>(alpha);
+            let term = one.sub(signed_power::<S, C>(h, beta).abs());
+            if n == LANES {
+                total += term.sum();
+            } else {
+                total += term.to_array()[..n].iter().map(|t| t.to_f64()).sum::<f64>();
             }
         }
-        sums.iter().sum()
+        total
     }
 }
 
@@ -354,9 +403,16 @@ pub unsafe fn regularizer<T: Element<C>, C: Transcendental>(
 
 /// Gradient of `1 - |2 h - 1|^beta` with respect to alpha.
 #[inline(always)]
-fn regularizer_slope<S: Simd, C: Transcendental>(h: C, slope: C, beta: C) -> C {
-    let (power, sign) = signed_power::<S, C>(h, beta - C::from_f64(1.0));
-    -(beta + beta) * power * sign * slope
+fn regularizer_slope<S: Simd, C: Transcendental>(
+    h: C::V<S>,
+    slope: C::V<S>,
+    beta: C::V<S>,
+) -> C::V<S> {
+    let power = signed_power::<S, C>(h, beta.sub(number::<S, C>(1.0)));
+    number::<S, C>(0.0)
+        .sub(beta.add(beta))
+        .mul(power)
+        .mul(slope)
 }
 
 struct RegularizerBackward<T, C> {
@@ -371,17 +427,15 @@ impl<T: Element<C>, C: Transcendental> Body for RegularizerBackward<T, C> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
+        let (beta, grad) = (Vector::splat(self.beta), <C::V<S>>::splat(self.grad));
         for at in (0..self.len).step_by(LANES) {
             let n = LANES.min(self.len - at);
             // SAFETY: `n` elements from `at` are inside the stretch.
             unsafe {
-                let a = load_lanes::<S, T, C>(self.alpha.add(at), n);
-                let mut y = [C::ZERO; LANES];
-                for j in 0..LANES {
-                    let (h, slope) = rectified_sigmoid::<S, C>(a[j]);
-                    y[j] = self.grad * regularizer_slope::<S, C>(h, slope, self.beta);
-                }
-                store_lanes::<S, T, C>(self.grad_alpha.add(at), n, &y);
+                let alpha = load_up_to::<S, T, C>(self.alpha.add(at), n);
+                let (h, slope) = rectified_sigmoid::<S, C>(alpha);
+                let gradient = grad.mul(regularizer_slope::<S, C>(h, slope, beta));
+                store_up_to::<S, T, C>(self.grad_alpha.add(at), n, gradient);
             }
         }
     }
@@ -455,6 +509,7 @@ struct Step<T, C> {
     reg_param: C,
     beta: C,
     step_size: C,
+    /// Of the second moment's root: one over its bias correction.
     correction: C,
     regularized: bool,
 }
@@ -463,47 +518,54 @@ struct Step<T, C> {
 unsafe impl<T, C> Sync for Step<T, C> {}
 
 impl<T: Element<C>, C: Transcendental> Lanes<C> for Step<T, C> {
+    fn ends(&self) -> Ends<C> {
+        self.ends
+    }
     #[inline(always)]
-    unsafe fn lanes<S: Simd>(&self, at: usize, n: usize, scale: &[C; LANES], offset: &[C; LANES]) {
+    unsafe fn lanes<S: Simd, const N: usize>(&self, at: usize, n: usize, grid: &Grid<C::V<S>>) {
         let t = &self.tensors;
-        let (keep1, take1) = (C::from_f64(BETA1), C::from_f64(1.0 - BETA1));
-        let (keep2, take2) = (C::from_f64(BETA2), C::from_f64(1.0 - BETA2));
-        let epsilon = C::from_f64(EPSILON);
-        // SAFETY: by the contract.
+        let zeros = [<C::V<S>>::splat(C::ZERO); N];
+        let (mut alpha, mut h, mut slope, mut regularizer) = (zeros, zeros, zeros, zeros);
+        let (mut base, places) = (zeros, parts::<N>(at, n));
+        // SAFETY: by the contract, here and below: all places are inside the `n` elements.
         unsafe {
-            let mut a = load_lanes::<S, T, C>(t.alpha.add(at), n);
-            let mut mean = load_lanes::<S, T, C>(t.exp_avg.add(at), n);
-            let mut square = load_lanes::<S, T, C>(t.exp_avg_sq.add(at), n);
-            let g = load_lanes::<S, T, C>(t.grad.add(at), n);
-            let x = load_lanes::<S, T, C>(t.input.add(at), n);
-            let mut base = [C::ZERO; LANES];
-            let mut y = [C::ZERO; LANES];
-            let (mut h, mut slope) = ([C::ZERO; LANES], [C::ZERO; LANES]);
-            let mut total = [C::ZERO; LANES];
-            for j in 0..LANES {
-                (h[j], slope[j]) = rectified_sigmoid::<S, C>(a[j]);
-                base[j] = floor::<S, C>(x[j] / scale[j]);
-                let q = (base[j] + h[j]) - offset[j];
-                total[j] = gradient(g[j], q, slope[j], scale[j], &self.ends);
+            for (j, &(at, n)) in places.iter().enumerate() {
+                alpha[j] = load_up_to::<S, T, C>(t.alpha.add(at), n);
+                (h[j], slope[j]) = rectified_sigmoid::<S, C>(alpha[j]);
             }
             if self.regularized {
-                for j in 0..LANES {
-                    let slope = regularizer_slope::<S, C>(h[j], slope[j], self.beta);
-                    total[j] = total[j] + self.reg_param * slope;
+                let reg_param = <C::V<S>>::splat(self.reg_param);
+                for j in 0..N {
+                    let slope = regularizer_slope::<S, C>(h[j], slope[j], Vector::splat(self.beta));
+                    regularizer[j] = reg_param.mul(slope);
                 }
             }
-            for j in 0..LANES {
-                mean[j] = keep1 * mean[j] + take1 * total[j];
-                square[j] = keep2 * square[j] + take2 * (total[j] * total[j]);
-                let scaled = square[j].sqrt() / self.correction + epsilon;
-                a[j] = a[j] - self.step_size * (mean[j] / scaled);
-                let (h, _) = rectified_sigmoid::<S, C>(a[j]);
-                y[j] = dequantized((base[j] + h) - offset[j], scale[j], offset[j], &self.ends);
+            for (j, &(at, n)) in places.iter().enumerate() {
+                let x = load_up_to::<S, T, C>(t.input.add(at), n);
+                base[j] = floor::<S, C>(x.div(grid.scale));
+                let grad = load_up_to::<S, T, C>(t.grad.add(at), n);
+                let total = grid
+                    .gradient(grad, base[j].add(h[j]), slope[j])
+                    .add(regularizer[j]);
+                let mean = load_up_to::<S, T, C>(t.exp_avg.add(at), n);
+                let mean = number::<S, C>(BETA1)
+                    .mul(mean)
+                    .add(number::<S, C>(1.0 - BETA1).mul(total));
+                store_up_to::<S, T, C>(t.exp_avg.add(at), n, mean);
+                let square = load_up_to::<S, T, C>(t.exp_avg_sq.add(at), n);
+                let square = number::<S, C>(BETA2)
+                    .mul(square)
+                    .add(number::<S, C>(1.0 - BETA2).mul(total.mul(total)));
+                store_up_to::<S, T, C>(t.exp_avg_sq.add(at), n, square);
+                let root = square.sqrt().mul(Vector::splat(self.correction));
+                let direction = mean.div(root.add(number::<S, C>(EPSILON)));
+                alpha[j] = alpha[j].sub(<C::V<S>>::splat(self.step_size).mul(direction));
+                store_up_to::<S, T, C>(t.alpha.add(at), n, alpha[j]);
             }
-            store_lanes::<S, T, C>(t.alpha.add(at), n, &a);
-            store_lanes::<S, T, C>(t.exp_avg.add(at), n, &mean);
-            store_lanes::<S, T, C>(t.exp_avg_sq.add(at), n, &square);
-            store_lanes::<S, T, C>(t.output.add(at), n, &y);
+            for (j, &(at, n)) in places.iter().enumerate() {
+                let (h, _) = rectified_sigmoid::<S, C>(alpha[j]);
+                store_up_to::<S, T, C>(t.output.add(at), n, grid.value(base[j].add(h)));
+            }
         }
     }
 }
@@ -523,7 +585,7 @@ pub unsafe fn step<T: Element<C>, C: Transcendental>(
 ) {
     let power = settings.step.min(i32::MAX as u64) as i32;
     let step_size = settings.learning_rate / (1.0 - BETA1.powi(power));
-    let correction = (1.0 - BETA2.powi(power)).sqrt();
+    let correction = (1.0 - BETA2.powi(power)).sqrt().recip();
     for_each_lanes(
         geometry,
         encodings,

@@ -54,6 +54,10 @@ pub trait Compute:
     fn bits_add(self, other: Self) -> Self;
     /// The bits, `n` places lower; `n` is less than their number.
     fn bits_shift_right(self, n: u32) -> Self;
+    /// The bits, `n` places higher; `n` is less than their number.
+    fn bits_shift_left(self, n: u32) -> Self;
+    /// The square root.
+    fn sqrt(self) -> Self;
     /// Whether this is NaN.
     fn is_nan(self) -> bool;
     /// `x` limited to `low..=high`; NaN stays NaN (compare and select, not min/max).
@@ -122,6 +126,14 @@ macro_rules! compute {
                 $c::from_bits(self.to_bits() >> n)
             }
             #[inline(always)]
+            fn bits_shift_left(self, n: u32) -> Self {
+                $c::from_bits(self.to_bits() << n)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                self.sqrt()
+            }
+            #[inline(always)]
             fn is_nan(self) -> bool {
                 self.is_nan()
             }
@@ -151,23 +163,34 @@ macro_rules! each {
     }};
 }
 
-macro_rules! element_by_cast {
-    ($t:ty, $c:ty) => {
-        impl Element<$c> for $t {
+macro_rules! element_itself {
+    ($t:ty) => {
+        impl Element<$t> for $t {
             #[inline(always)]
-            fn widen<S: Simd>(values: &[Self; LANES]) -> [$c; LANES] {
-                each!(values, |v| v as $c)
+            fn widen<S: Simd>(values: &[Self; LANES]) -> [$t; LANES] {
+                *values
             }
             #[inline(always)]
-            fn narrow<S: Simd>(values: &[$c; LANES]) -> [Self; LANES] {
-                each!(values, |v| v as $t)
+            fn narrow<S: Simd>(values: &[$t; LANES]) -> [Self; LANES] {
+                *values
             }
         }
     };
 }
-element_by_cast!(f32, f32);
-element_by_cast!(f64, f64);
-element_by_cast!(f32, f64);
+element_itself!(f32);
+element_itself!(f64);
+
+// By instructions: cast one by one, a vector goes through memory in sixteen pieces.
+impl Element<f64> for f32 {
+    #[inline(always)]
+    fn widen<S: Simd>(values: &[Self; LANES]) -> [f64; LANES] {
+        S::f32_to_f64(values)
+    }
+    #[inline(always)]
+    fn narrow<S: Simd>(values: &[f64; LANES]) -> [Self; LANES] {
+        S::f64_to_f32(values)
+    }
+}
 
 impl Element<f32> for f16 {
     #[inline(always)]
@@ -204,11 +227,11 @@ macro_rules! element_through_f32 {
         impl Element<f64> for $t {
             #[inline(always)]
             fn widen<S: Simd>(values: &[Self; LANES]) -> [f64; LANES] {
-                each!(<$t as Element<f32>>::widen::<S>(values), |v| f64::from(v))
+                S::f32_to_f64(&<$t as Element<f32>>::widen::<S>(values))
             }
             #[inline(always)]
             fn narrow<S: Simd>(values: &[f64; LANES]) -> [Self; LANES] {
-                <$t as Element<f32>>::narrow::<S>(&each!(values, |v| v as f32))
+                <$t as Element<f32>>::narrow::<S>(&S::f64_to_f32(values))
             }
         }
     };
@@ -305,31 +328,6 @@ pub unsafe fn store_up_to<S: Simd, T: Element<C>, C: Compute>(
             store_part::<S, T, C>(p, n, values);
         }
     }
-}
-
-/// The first `n` of sixteen elements as an array, for arithmetic that [`Vector`] does not have; the other
-/// lanes are zero.
-///
-/// # Safety
-/// `p` is valid for reads of `n.min(16)` elements.
-#[inline(always)]
-pub unsafe fn load_lanes<S: Simd, T: Element<C>, C: Compute>(p: *const T, n: usize) -> [C; LANES] {
-    // SAFETY: by the contract.
-    unsafe { load_up_to::<S, T, C>(p, n) }.to_array()
-}
-
-/// Writes the first `n` of sixteen values of an array.
-///
-/// # Safety
-/// `p` is valid for writes of `n.min(16)` elements.
-#[inline(always)]
-pub unsafe fn store_lanes<S: Simd, T: Element<C>, C: Compute>(
-    p: *mut T,
-    n: usize,
-    values: &[C; LANES],
-) {
-    // SAFETY: by the contract.
-    unsafe { store_up_to::<S, T, C>(p, n, Vector::from_array(*values)) }
 }
 
 /// Bytes of output from which on it is written past the cache. An ordinary store reads the line it writes

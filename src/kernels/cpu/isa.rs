@@ -100,6 +100,10 @@ pub trait Simd: Copy + 'static {
     fn f16_to_f32(bits: &[u16; 16]) -> [f32; 16];
     /// Sixteen float32 as float16 bit patterns, ties to even.
     fn f32_to_f16(values: &[f32; 16]) -> [u16; 16];
+    /// Sixteen float32 as float64.
+    fn f32_to_f64(values: &[f32; 16]) -> [f64; 16];
+    /// Sixteen float64 as float32, ties to even.
+    fn f64_to_f32(values: &[f64; 16]) -> [f32; 16];
     /// Copies `bytes` bytes past the cache; other threads see them after this one's [`Simd::fence`].
     ///
     /// # Safety
@@ -131,6 +135,22 @@ impl Simd for Portable {
         let mut out = [0; 16];
         for i in 0..16 {
             out[i] = half::f16::from_f32_const(values[i]).to_bits();
+        }
+        out
+    }
+    #[inline(always)]
+    fn f32_to_f64(values: &[f32; 16]) -> [f64; 16] {
+        let mut out = [0.0; 16];
+        for i in 0..16 {
+            out[i] = f64::from(values[i]);
+        }
+        out
+    }
+    #[inline(always)]
+    fn f64_to_f32(values: &[f64; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        for i in 0..16 {
+            out[i] = values[i] as f32;
         }
         out
     }
@@ -201,6 +221,30 @@ mod x86 {
             out
         }
         #[inline(always)]
+        fn f32_to_f64(values: &[f32; 16]) -> [f64; 16] {
+            let mut out = [0.0; 16];
+            // SAFETY: as above.
+            unsafe {
+                for i in (0..16).step_by(4) {
+                    let v = _mm_loadu_ps(values.as_ptr().add(i));
+                    _mm256_storeu_pd(out.as_mut_ptr().add(i), _mm256_cvtps_pd(v));
+                }
+            }
+            out
+        }
+        #[inline(always)]
+        fn f64_to_f32(values: &[f64; 16]) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            // SAFETY: as above.
+            unsafe {
+                for i in (0..16).step_by(4) {
+                    let v = _mm256_loadu_pd(values.as_ptr().add(i));
+                    _mm_storeu_ps(out.as_mut_ptr().add(i), _mm256_cvtpd_ps(v));
+                }
+            }
+            out
+        }
+        #[inline(always)]
         unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {
             // SAFETY: by the contract; `Avx2` is only named where AVX2 is enabled.
             unsafe {
@@ -226,6 +270,31 @@ mod x86 {
         #[inline(always)]
         fn f32_to_f16(values: &[f32; 16]) -> [u16; 16] {
             Avx2::f32_to_f16(values)
+        }
+        #[inline(always)]
+        fn f32_to_f64(values: &[f32; 16]) -> [f64; 16] {
+            let mut out = [0.0; 16];
+            // SAFETY: `Avx512` is only named where AVX-512 is enabled; the pointers stay inside the two
+            // arrays.
+            unsafe {
+                for i in (0..16).step_by(8) {
+                    let v = _mm256_loadu_ps(values.as_ptr().add(i));
+                    _mm512_storeu_pd(out.as_mut_ptr().add(i), _mm512_cvtps_pd(v));
+                }
+            }
+            out
+        }
+        #[inline(always)]
+        fn f64_to_f32(values: &[f64; 16]) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            // SAFETY: as above.
+            unsafe {
+                for i in (0..16).step_by(8) {
+                    let v = _mm512_loadu_pd(values.as_ptr().add(i));
+                    _mm256_storeu_ps(out.as_mut_ptr().add(i), _mm512_cvtpd_ps(v));
+                }
+            }
+            out
         }
         #[inline(always)]
         unsafe fn stream(to: *mut u8, from: *const u8, bytes: usize) {

@@ -1,8 +1,9 @@
 //! Reconstruction errors of Sequential MSE: sums along rows, read once, float32 terms in float64 sums.
 
-use super::element::{load_lanes, Compute, Element, LANES};
+use super::element::{load_up_to, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
 use super::parallel::{for_each_range, Shared};
+use super::vector::Vector;
 
 /// What is summed along a row, of `a` and `b`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,33 +32,28 @@ struct Sum<T> {
 
 impl<T> Sum<T> {
     #[inline(always)]
-    fn total<S: Simd, C: Compute>(&self, term: impl Fn(C, C) -> C) -> f64
+    fn total<S: Simd, C: Compute>(&self, term: impl Fn(C::V<S>, C::V<S>) -> C::V<S>) -> f64
     where
         T: Element<C>,
     {
+        let zeros = <C::V<S>>::splat(C::ZERO);
         let mut total = 0.0;
         for begin in (0..self.len).step_by(LANE_SUM) {
             let end = self.len.min(begin + LANE_SUM);
-            let mut sums = [C::ZERO; LANES];
+            let mut sums = zeros;
             for at in (begin..end).step_by(LANES) {
                 let n = LANES.min(end - at);
-                // SAFETY: `n` elements from `at` are inside the row. Lanes beyond `n` are zero, and so
-                // are their terms.
-                unsafe {
-                    let a = load_lanes::<S, T, C>(self.a.add(at), n);
-                    let b = if self.b.is_null() {
-                        [C::ZERO; LANES]
-                    } else {
-                        load_lanes::<S, T, C>(self.b.add(at), n)
-                    };
-                    for j in 0..LANES {
-                        sums[j] = sums[j] + term(a[j], b[j]);
+                // Lanes beyond `n` are zero, and so are their terms.
+                let read = |p: *const T| {
+                    if p.is_null() {
+                        return zeros;
                     }
-                }
+                    // SAFETY: `n` elements from `at` are inside the row.
+                    unsafe { load_up_to::<S, T, C>(p.add(at), n) }
+                };
+                sums = sums.add(term(read(self.a), read(self.b)));
             }
-            for sum in sums {
-                total += sum.to_f64();
-            }
+            total += sums.sum();
         }
         total
     }
@@ -70,16 +66,21 @@ impl<T: Element<C>, C: Compute> Body for Typed<T, C> {
     #[inline(always)]
     fn run<S: Simd>(self) -> f64 {
         match self.0.kind {
-            RowSum::SquaredDifference => self.0.total::<S, C>(|a, b| (a - b) * (a - b)),
-            RowSum::AbsoluteDifference => self.0.total::<S, C>(|a, b| {
-                let d = a - b;
-                if d < C::ZERO {
-                    -d
-                } else {
-                    d
-                }
-            }),
-            RowSum::Product => self.0.total::<S, C>(|a, b| a * b),
+            RowSum::SquaredDifference => self.0.total::<S, C>(
+                #[inline(always)]
+                |a, b| {
+                    let d = a.sub(b);
+                    d.mul(d)
+                },
+            ),
+            RowSum::AbsoluteDifference => self.0.total::<S, C>(
+                #[inline(always)]
+                |a, b| a.sub(b).abs(),
+            ),
+            RowSum::Product => self.0.total::<S, C>(
+                #[inline(always)]
+                |a, b| a.mul(b),
+            ),
         }
     }
 }

@@ -157,6 +157,7 @@ macro_rules! stored {
 }
 stored!(f32, f32, |v| v as f32, |v| v, |v| v);
 stored!(f64, f64, |v| v, |v| v, |v| v);
+stored!(f32, f64, |v| v as f32, f64::from, |v| v as f32);
 stored!(
     f16,
     f32,
@@ -567,6 +568,7 @@ proptest! {
         check_affine::<Dequantize, f16, f32>(&case)?;
         check_affine::<QuantizeDequantize, f32, f32>(&case)?;
         check_affine::<QuantizeDequantize, f64, f64>(&case)?;
+        check_affine::<QuantizeDequantize, f32, f64>(&case)?;
         check_affine::<QuantizeDequantize, f16, f32>(&case)?;
         check_affine::<QuantizeDequantize, bf16, f32>(&case)?;
     }

@@ -49,6 +49,10 @@ pub trait Vector<C>: Copy {
     fn bits_add(self, other: Self) -> Self;
     /// The bits, `n` places lower; `n` is less than their number.
     fn bits_shift_right(self, n: u32) -> Self;
+    /// The bits, `n` places higher; `n` is less than their number.
+    fn bits_shift_left(self, n: u32) -> Self;
+    /// The square root.
+    fn sqrt(self) -> Self;
     /// The lanes' sum in float64, by halves: one after the other, sixteen additions would wait for each
     /// other, which took half of the time where encodings change every few blocks.
     fn sum(self) -> f64;
@@ -223,6 +227,20 @@ impl<C: Compute> Vector<C> for Lanes<C> {
         self
     }
     #[inline(always)]
+    fn bits_shift_left(mut self, n: u32) -> Self {
+        for j in 0..LANES {
+            self.0[j] = self.0[j].bits_shift_left(n);
+        }
+        self
+    }
+    #[inline(always)]
+    fn sqrt(mut self) -> Self {
+        for j in 0..LANES {
+            self.0[j] = self.0[j].sqrt();
+        }
+        self
+    }
+    #[inline(always)]
     fn sum(self) -> f64 {
         let mut sums = [0.0; LANES];
         for (sum, lane) in sums.iter_mut().zip(self.0) {
@@ -262,7 +280,7 @@ mod x86 {
             and |$aa:ident, $ab:ident| $and:expr, all |$all_of:ident| $all:expr,
             select |$m:ident, $yes:ident, $no:ident| $select:expr,
             bits $to_bits:ident $from_bits:ident $bits_and:ident $bits_or:ident $bits_add:ident,
-            shift |$shifted:ident, $by:ident| $shift:expr,
+            shift $shift_right:ident $shift_left:ident, sqrt $sqrt:ident,
             sum |$summed:ident| $sum:expr
         ) => {
             /// Sixteen lanes in registers.
@@ -363,14 +381,13 @@ mod x86 {
                 vector!(@bits bits_and $to_bits $from_bits $bits_and $n);
                 vector!(@bits bits_or $to_bits $from_bits $bits_or $n);
                 vector!(@bits bits_add $to_bits $from_bits $bits_add $n);
+                vector!(@shift bits_shift_right $to_bits $from_bits $shift_right $n);
+                vector!(@shift bits_shift_left $to_bits $from_bits $shift_left $n);
                 #[inline(always)]
-                fn bits_shift_right(mut self, n: u32) -> Self {
+                fn sqrt(mut self) -> Self {
                     for i in 0..$n {
                         // SAFETY: see `vector!`.
-                        self.0[i] = unsafe {
-                            let ($shifted, $by) = ($to_bits(self.0[i]), _mm_cvtsi32_si128(n as i32));
-                            $from_bits($shift)
-                        };
+                        self.0[i] = unsafe { $sqrt(self.0[i]) };
                     }
                     self
                 }
@@ -380,6 +397,18 @@ mod x86 {
                     // SAFETY: see `vector!`.
                     unsafe { $sum }
                 }
+            }
+        };
+        (@shift $method:ident $to:ident $from:ident $intrinsic:ident $n:literal) => {
+            #[inline(always)]
+            fn $method(mut self, n: u32) -> Self {
+                for i in 0..$n {
+                    // SAFETY: see `vector!`.
+                    self.0[i] = unsafe {
+                        $from($intrinsic($to(self.0[i]), _mm_cvtsi32_si128(n as i32)))
+                    };
+                }
+                self
             }
         };
         (@bits $method:ident $to:ident $from:ident $intrinsic:ident $n:literal) => {
@@ -455,7 +484,7 @@ mod x86 {
         and |a, b| a & b, all |m| m == __mmask16::MAX,
         select |m, yes, no| _mm512_mask_blend_ps(m, no, yes),
         bits _mm512_castps_si512 _mm512_castsi512_ps _mm512_and_si512 _mm512_or_si512 _mm512_add_epi32,
-        shift |a, n| _mm512_srl_epi32(a, n),
+        shift _mm512_srl_epi32 _mm512_sll_epi32, sqrt _mm512_sqrt_ps,
         sum |a| sum_of_eight(_mm512_add_pd(
             _mm512_cvtps_pd(_mm512_castps512_ps256(a[0])),
             _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(a[0])),
@@ -471,7 +500,7 @@ mod x86 {
         and |a, b| a & b, all |m| m == __mmask8::MAX,
         select |m, yes, no| _mm512_mask_blend_pd(m, no, yes),
         bits _mm512_castpd_si512 _mm512_castsi512_pd _mm512_and_si512 _mm512_or_si512 _mm512_add_epi64,
-        shift |a, n| _mm512_srl_epi64(a, n),
+        shift _mm512_srl_epi64 _mm512_sll_epi64, sqrt _mm512_sqrt_pd,
         sum |a| sum_of_eight(_mm512_add_pd(a[0], a[1]))
     }
     vector! {
@@ -484,7 +513,7 @@ mod x86 {
         and |a, b| _mm256_and_ps(a, b), all |m| _mm256_movemask_ps(m) == 0xff,
         select |m, yes, no| _mm256_blendv_ps(no, yes, m),
         bits _mm256_castps_si256 _mm256_castsi256_ps _mm256_and_si256 _mm256_or_si256 _mm256_add_epi32,
-        shift |a, n| _mm256_srl_epi32(a, n),
+        shift _mm256_srl_epi32 _mm256_sll_epi32, sqrt _mm256_sqrt_ps,
         sum |a| {
             let ([a, b], [c, d]) = (widened(a[0]), widened(a[1]));
             sum_of_four(_mm256_add_pd(_mm256_add_pd(a, c), _mm256_add_pd(b, d)))
@@ -500,7 +529,7 @@ mod x86 {
         and |a, b| _mm256_and_pd(a, b), all |m| _mm256_movemask_pd(m) == 0xf,
         select |m, yes, no| _mm256_blendv_pd(no, yes, m),
         bits _mm256_castpd_si256 _mm256_castsi256_pd _mm256_and_si256 _mm256_or_si256 _mm256_add_epi64,
-        shift |a, n| _mm256_srl_epi64(a, n),
+        shift _mm256_srl_epi64 _mm256_sll_epi64, sqrt _mm256_sqrt_pd,
         sum |a| sum_of_four(_mm256_add_pd(_mm256_add_pd(a[0], a[2]), _mm256_add_pd(a[1], a[3])))
     }
 }
@@ -555,6 +584,8 @@ mod tests {
                     a.bits_and(b),
                     a.bits_or(b),
                     a.bits_add(b.bits_shift_right(9)),
+                    b.bits_shift_left(5).bits_or(a),
+                    b.abs().sqrt(),
                 ] {
                     // Any NaN is as good as another.
                     bits.extend(v.to_array().map(|x| {

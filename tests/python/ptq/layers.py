@@ -39,6 +39,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed3d": (lambda: nn.ConvTranspose3d(2, 4, 2), (3, 2, 3, 2, 3)),
 }
 
+# More columns than Sequential MSE's bounds have directions.
+WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear, wide": (lambda: nn.Linear(96, 20), (40, 96)),
+}
+
 
 def axes(layer: nn.Module) -> tuple[int, int]:
     """Axes of output and input channels of a layer's weight."""
@@ -51,7 +56,7 @@ def quantized(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A quantized layer whose weight quantizer is calibrated, inputs, and noisy inputs."""
     torch.manual_seed(seed)
-    make, shape = LAYERS[name]
+    make, shape = (LAYERS | WIDE)[name]
     layer = make()
     qlayer = rimet.nn.QuantizationMixin.from_module(layer)
     out_axis, in_axis = axes(layer)

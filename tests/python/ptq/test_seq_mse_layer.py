@@ -107,7 +107,10 @@ def _set(quantizer: Any, low: Tensor, high: Tensor) -> None:
 
 def check(name: str, grid: str, **settings: Any) -> dict[str, Any]:
     symmetric = settings.pop("symmetric", True)
-    layer, x, xq = quantized(name, grid, symmetric=symmetric)
+    return check_layer(*quantized(name, grid, symmetric=symmetric), **settings)
+
+
+def check_layer(layer: Any, x: Tensor, xq: Tensor, **settings: Any) -> dict[str, Any]:
     with torch.no_grad():
         losses = direct_losses(layer, x, xq, **settings)
     cut = max(1, len(x) // 3)
@@ -145,6 +148,37 @@ def test_for_every_loss_and_symmetry(name: str, inp_symmetry: str, loss: str) ->
     result = check(name, "blocks", inp_symmetry=inp_symmetry, loss=loss, symmetric=False)
     few = name == "conv2d with few places"
     assert result["method"] == ("rows" if few or loss == "l1" else "gram")
+
+
+@pytest.mark.parametrize("grid", ["per-channel", "per-tensor"])
+@pytest.mark.parametrize("loss", ["mse", "sqnr"])
+@pytest.mark.parametrize("inp_symmetry", ["symqt", "symfp", "asym"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d with few places", "transposed1d"])
+def test_one_block_for_every_quadratic_loss(
+    name: str, inp_symmetry: str, loss: str, grid: str
+) -> None:
+    check(name, grid, inp_symmetry=inp_symmetry, loss=loss, symmetric=False)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_candidates_that_are_not_computed_could_not_win(seed: int) -> None:
+    """On inputs as activations are: few directions hold most of the energy, so that bounds are close and leave
+    out almost all; and on those where they are not.
+    """
+    layer, _, _ = quantized("linear, wide", "per-channel", seed=seed)
+    columns, rank = layer.weight.shape[1], 1 + seed % 3
+    mixed = torch.randn(400, rank) @ torch.randn(rank, columns)
+    x = mixed + 3 * torch.rand(columns) + 10.0 ** -(seed // 2) * torch.randn(400, columns)
+    for rows in (8, 400):
+        xq = x[:rows] + 0.05 * torch.randn(rows, columns)
+        for inp_symmetry in ("symqt", "asym"):
+            check_layer(layer, x[:rows], xq, inp_symmetry=inp_symmetry)
+
+
+def test_inputs_that_are_not_finite_choose_as_all_candidates_do() -> None:
+    layer, x, _ = quantized("linear", "per-channel")
+    x[0, 0] = torch.nan
+    assert bool((search(layer, [x], [x])["candidate"] >= 1).all())
 
 
 def test_more_rows_than_a_piece_holds_are_summed_over_pieces() -> None:

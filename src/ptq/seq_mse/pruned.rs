@@ -1,0 +1,458 @@
+//! The quadratic losses of a layer that is one block: only candidates that can win are computed.
+//!
+//! A [sketch](super::super::sketch) of the inputs gives a lower bound of every candidate's error at a small part of the cost.
+//! Candidates are then computed exactly in the order of what they promise, and no further once the bounds of
+//! the rest are above the least error found: the choice is that of computing all of them. Errors come
+//! from the layer's own forward pass with the weights' changes in place of its weights, or from the Gram matrix,
+//! whichever counts fewer operations for the candidates that are left.
+
+use super::super::pieces::Pieces;
+use super::super::sketch::{dominant_directions, whitening};
+use super::{InputSymmetry, Loss, Method, Progress, Search, Sums};
+use crate::error::{Error, Result};
+use crate::ops::{quantize_dequantize, range_to_scale_offset, reconstruction_error, row_dot};
+use crate::ptq::linear_map::{compute_kind, LinearMap};
+use std::cmp::Ordering;
+use tch::{Kind, Tensor};
+
+/// Bounds are float32 sums: a candidate is left out only if its bound is larger by this share than the least error.
+const MARGIN: f64 = 1e-3;
+/// Input rows that the directions of the sketch are found on.
+const SAMPLE: i64 = 512;
+/// Samples they come from, at least.
+const SAMPLES: i64 = 4;
+/// What it costs to copy an element of a convolution's input into its rows, in multiplications of a matrix product.
+const COPY: f64 = 128.0;
+
+/// Whether a layer is one block and its loss quadratic.
+pub(super) fn applies(search: &Search<'_>) -> bool {
+    search.layout.groups * search.layout.blocks == 1
+        && search.problem.quantizer.grouping.is_none()
+        && search.config.loss != Loss::L1
+}
+
+/// The loss of every candidate that can win, and of the last one; infinite for the others. `None` if the inputs
+/// are not finite.
+pub(super) fn losses(
+    search: &Search<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Option<(Vec<Tensor>, Method)>> {
+    let layer = OneBlock::new(search)?;
+    let Some(sketch) = layer.sketch()? else {
+        return Ok(None);
+    };
+    let bounds = layer.bounds(&sketch, progress)?;
+    let (errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
+    let mut found = Found::new(&bounds);
+    let num_encodings = layer.num_encodings;
+    let last = search.ranges.len() - 1;
+    loop {
+        let mut wanted = found.most_promising(&bounds);
+        if wanted.is_empty() {
+            wanted = (0..num_encodings)
+                .map(|encoding| (encoding, last))
+                .collect();
+            wanted.retain(|&(encoding, candidate)| found.losses[candidate][encoding].is_infinite());
+        }
+        if wanted.is_empty() {
+            break;
+        }
+        // At most as many rows as the weight has.
+        for pairs in wanted.chunks(num_encodings) {
+            found.enter(pairs, &layer.exact(pairs, &errors, &sketch.signal)?);
+            progress(search.ranges.len() as u32)?;
+        }
+    }
+    let shape = &search.problem.quantizer.shape;
+    let losses = found.losses.iter().map(|losses| {
+        Ok(Tensor::f_from_slice(losses)?
+            .f_reshape(shape)?
+            .f_to_device(search.weight.device())?)
+    });
+    Ok(Some((losses.collect::<Result<_>>()?, method)))
+}
+
+/// Bounds and estimates of the losses, `[candidates][encodings]`.
+struct Bounds {
+    lower: Vec<Vec<f64>>,
+    estimates: Vec<Vec<f64>>,
+}
+
+impl Bounds {
+    /// Candidates of an encoding whose bounds are below the least estimate, on average.
+    fn mean_survivors(&self) -> f64 {
+        let num_encodings = self.lower[0].len();
+        let survivors: usize = (0..num_encodings)
+            .map(|encoding| {
+                let estimates = self.estimates.iter().map(|losses| losses[encoding]);
+                let least = estimates.fold(f64::INFINITY, f64::min);
+                let survives = |losses: &&Vec<f64>| losses[encoding] <= least;
+                self.lower.iter().filter(survives).count()
+            })
+            .sum();
+        survivors as f64 / num_encodings as f64
+    }
+}
+
+/// What is known exactly.
+struct Found {
+    /// `[candidates][encodings]`; infinite where not computed.
+    losses: Vec<Vec<f64>>,
+    /// The least of each encoding.
+    best: Vec<f64>,
+}
+
+impl Found {
+    fn new(bounds: &Bounds) -> Self {
+        let num_encodings = bounds.lower[0].len();
+        Self {
+            losses: vec![vec![f64::INFINITY; num_encodings]; bounds.lower.len()],
+            best: vec![f64::INFINITY; num_encodings],
+        }
+    }
+
+    /// Pairs (encoding, candidate) to compute next: the most promising candidate of each encoding that has one left,
+    /// or, once few encodings have, all that are left.
+    fn most_promising(&self, bounds: &Bounds) -> Vec<(usize, usize)> {
+        let left = |encoding: usize| {
+            (0..self.losses.len()).filter(move |&candidate| {
+                let order = bounds.lower[candidate][encoding].partial_cmp(&self.best[encoding]);
+                // Also where one of the two is NaN.
+                self.losses[candidate][encoding].is_infinite() && order != Some(Ordering::Greater)
+            })
+        };
+        let num_encodings = self.best.len();
+        let firsts: Vec<(usize, usize)> = (0..num_encodings)
+            .filter_map(|encoding| {
+                let promise = |&candidate: &usize| bounds.estimates[candidate][encoding];
+                left(encoding)
+                    .min_by(|a, b| promise(a).total_cmp(&promise(b)))
+                    .map(|candidate| (encoding, candidate))
+            })
+            .collect();
+        if 4 * firsts.len() > num_encodings {
+            return firsts;
+        }
+        let encodings = firsts.iter().map(|&(encoding, _)| encoding);
+        encodings
+            .flat_map(|encoding| left(encoding).map(move |candidate| (encoding, candidate)))
+            .collect()
+    }
+
+    fn enter(&mut self, pairs: &[(usize, usize)], losses: &[f64]) {
+        for (&(encoding, candidate), &loss) in pairs.iter().zip(losses) {
+            self.losses[candidate][encoding] = loss;
+            self.best[encoding] = self.best[encoding].min(loss);
+        }
+    }
+}
+
+/// The sketch's part in the errors, and what is measured along with it.
+struct Sketch {
+    /// `[r, K]`
+    directions: Tensor,
+    /// The part of the shift (see [`OneBlock::pieces`]) along the directions: `[out, r]`.
+    target: Option<Tensor>,
+    /// Mean energy of the inputs outside the directions, per column: an estimate.
+    rest: f64,
+    /// Energy of each output, float64, for [`Loss::Sqnr`].
+    signal: Tensor,
+    num_rows: i64,
+}
+
+/// Where exact errors come from.
+enum Errors {
+    ForwardPasses,
+    Sums(Sums),
+}
+
+struct OneBlock<'a> {
+    search: &'a Search<'a>,
+    map: &'a LinearMap,
+    /// Inputs of the quantized weights; if the other model's differ, also the difference that they make at the
+    /// outputs, `W x - W x'` (see [`outputs`]).
+    pieces: Pieces<'a>,
+    /// The weight's axis of output channels.
+    out_axis: i64,
+    num_encodings: usize,
+    /// Ends of the candidates' ranges: `[candidates][encodings]`.
+    ranges: Vec<(Vec<f32>, Vec<f32>)>,
+}
+
+impl<'a> OneBlock<'a> {
+    fn new(search: &'a Search<'a>) -> Result<Self> {
+        let (problem, map) = (search.problem, search.problem.map);
+        let kind = compute_kind(search.weight);
+        let input = move |source: &super::Batches<'_>, batch: usize| -> Result<Tensor> {
+            map.padded(&map.batched(&source(batch)?.f_detach()?.f_to_kind(kind)?)?)
+        };
+        let load = move |batch: usize| -> Result<Vec<Tensor>> {
+            Ok(match search.config.symmetry {
+                InputSymmetry::Symqt => vec![input(problem.quant_input, batch)?],
+                InputSymmetry::Symfp => vec![input(problem.float_input, batch)?],
+                InputSymmetry::Asym => vec![
+                    input(problem.quant_input, batch)?,
+                    input(problem.float_input, batch)?,
+                ],
+            })
+        };
+        let prepare = move |mut piece: Vec<Tensor>| -> Result<Vec<Tensor>> {
+            if let [quant, float] = piece.as_slice() {
+                let shift = outputs(map, &(float - quant), search.weight)?;
+                piece.insert(1, shift);
+            }
+            Ok(piece)
+        };
+        let values = |t: &Tensor| -> Result<Vec<f32>> { Ok(Vec::try_from(t.f_reshape([-1])?)?) };
+        Ok(Self {
+            search,
+            map,
+            pieces: Pieces::new(problem.num_batches, load, prepare)?,
+            out_axis: i64::from(map.transposed()),
+            num_encodings: search.layout.out_encodings as usize,
+            ranges: search
+                .ranges
+                .iter()
+                .map(|(min, max)| Ok((values(min)?, values(max)?)))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    fn zeros(&self, size: &[i64]) -> Result<Tensor> {
+        Ok(Tensor::f_zeros(
+            size,
+            (Kind::Double, self.search.weight.device()),
+        )?)
+    }
+
+    /// Rows of a few samples, from all over the first piece.
+    fn sample(&self) -> Result<Tensor> {
+        let weight = self.search.weight;
+        let mut rows = None;
+        self.pieces.for_each(|piece| {
+            if rows.is_some() {
+                return Ok(());
+            }
+            let samples = piece[0].size()[0];
+            let one = self.map.rows(&piece[0].f_narrow(0, 0, 1)?, weight)?;
+            let wanted = (SAMPLE / one.size()[1].max(1)).max(SAMPLES);
+            let few = piece[0].f_slice(0, None, None, (samples / wanted).max(1))?;
+            let found = self.map.rows(&few, weight)?.f_squeeze_dim(0)?;
+            let step = (found.size()[0] / SAMPLE).max(1);
+            rows = Some(found.f_slice(0, None, None, step)?.f_contiguous()?);
+            Ok(())
+        })?;
+        rows.ok_or_else(|| Error::value("inputs", "at least one batch", "none"))
+    }
+
+    fn sketch(&self) -> Result<Option<Sketch>> {
+        let search = self.search;
+        let sample = self.sample()?;
+        let Some(basis) = dominant_directions(&sample)? else {
+            return Ok(None);
+        };
+        let (count, out) = (basis.size()[1], search.layout.out);
+        let mut size = search.weight.size();
+        size[self.out_axis as usize] = count;
+        let filters = self
+            .map
+            .from_matrix(&basis.f_transpose(0, 1)?.f_unsqueeze(0)?, &size)?
+            .f_contiguous()?;
+        let mut energy = self.zeros(&[count, count])?;
+        let mut image = self.zeros(&size)?;
+        let mut target: Option<Tensor> = None;
+        let mut signal = self.zeros(&[out])?;
+        let mut num_rows = 0;
+        self.pieces.for_each(|piece| {
+            let output = self.map.forward(&piece[0], &filters, None)?;
+            let gradient = self.map.weight_gradient(&output, &piece[0], &filters)?;
+            let _ = image.f_add_(&gradient.f_reshape(&size)?)?;
+            let rows = self.map.output_rows(&output)?.f_squeeze_dim(0)?;
+            num_rows += rows.size()[0];
+            let exact = rows.f_to_kind(Kind::Double)?;
+            let _ = energy.f_add_(&exact.f_transpose(0, 1)?.f_matmul(&exact)?)?;
+            if let Some(shift) = piece.get(1) {
+                let by_channel = match shift.dim() {
+                    3 => shift.f_transpose(0, 1)?.f_reshape([out, -1])?,
+                    _ => shift.shallow_clone(),
+                };
+                let part = by_channel.f_matmul(&rows)?.f_to_kind(Kind::Double)?;
+                target = Some(match target.take() {
+                    Some(sum) => sum + part,
+                    None => part,
+                });
+            }
+            if search.config.loss == Loss::Sqnr {
+                let output = outputs(self.map, piece.last().unwrap_or(&piece[0]), search.weight)?;
+                let _ = signal.f_add_(&channel_errors(&output, None)?)?;
+            }
+            Ok(())
+        })?;
+        let Some(factor) = whitening(&energy)? else {
+            return Ok(None);
+        };
+        let image = self.map.matrix(&image)?.f_squeeze_dim(0)?;
+        let directions = factor.f_transpose(0, 1)?.f_matmul(&image)?;
+        let square_sum =
+            |t: &Tensor| -> Result<f64> { Ok(f64::try_from((t * t).f_sum(Kind::Double)?)?) };
+        let of_sample = square_sum(&sample)? / sample.size()[0].max(1) as f64;
+        let rest = of_sample * num_rows as f64 - square_sum(&directions)?;
+        let kind = compute_kind(search.weight);
+        Ok(Some(Sketch {
+            rest: rest.max(0.0) / search.layout.columns as f64,
+            directions: directions.f_to_kind(kind)?,
+            target: match target {
+                Some(sum) => Some(sum.f_matmul(&factor)?.f_to_kind(kind)?),
+                None => None,
+            },
+            signal,
+            num_rows,
+        }))
+    }
+
+    /// Losses of whole encodings, one after the other, from the errors of their output channels.
+    fn per_encoding(&self, errors: &Tensor, signal: &Tensor) -> Result<Vec<f64>> {
+        let channels = self.search.layout.out / self.num_encodings as i64;
+        let losses = self
+            .search
+            .loss(errors, signal)?
+            .f_reshape([-1, channels])?;
+        Ok(Vec::try_from(losses.f_sum_dim_intlist(
+            [1_i64].as_slice(),
+            false,
+            Kind::Double,
+        )?)?)
+    }
+
+    fn bounds(&self, sketch: &Sketch, progress: &mut Progress<'_>) -> Result<Bounds> {
+        let directions = sketch.directions.f_transpose(0, 1)?.f_contiguous()?;
+        let mut bounds = Bounds {
+            lower: vec![],
+            estimates: vec![],
+        };
+        for (i, range) in self.search.ranges.iter().enumerate() {
+            let change = self.search.change(range)?.f_squeeze_dim(0)?;
+            let target = sketch.target.as_ref();
+            let part = reconstruction_error(&change.f_matmul(&directions)?, target, "mse")?;
+            let rest = row_dot(&change, &change)? * sketch.rest;
+            let estimate = &part + rest;
+            bounds
+                .lower
+                .push(self.per_encoding(&(part * (1.0 - MARGIN)), &sketch.signal)?);
+            bounds
+                .estimates
+                .push(self.per_encoding(&estimate, &sketch.signal)?);
+            progress(i as u32 + 1)?;
+        }
+        Ok(bounds)
+    }
+
+    /// Forward passes of the survivors, or the Gram matrix and products with it.
+    fn errors(
+        &self,
+        sketch: &Sketch,
+        survivors: f64,
+        progress: &mut Progress<'_>,
+    ) -> Result<(Errors, Method)> {
+        let layout = self.search.layout;
+        let (rows, columns) = (sketch.num_rows as f64, layout.columns as f64);
+        // The last candidate is computed too.
+        let products = (survivors + 1.0) * layout.out as f64;
+        let copy = match self.map {
+            LinearMap::Linear => 0.0,
+            LinearMap::Convolution { .. } => COPY,
+        };
+        let by_gram = rows * columns * (0.5 * columns + copy) + products * columns * columns;
+        Ok(if by_gram < products * rows * columns {
+            (Errors::Sums(self.search.sums(progress)?), Method::Gram)
+        } else {
+            (Errors::ForwardPasses, Method::Rows)
+        })
+    }
+
+    /// Losses of pairs (encoding, candidate).
+    fn exact(
+        &self,
+        pairs: &[(usize, usize)],
+        errors: &Errors,
+        signal: &Tensor,
+    ) -> Result<Vec<f64>> {
+        let weight = self.search.weight;
+        let channels = self.search.layout.out as usize / self.num_encodings;
+        let (mut places, mut low, mut high) = (vec![], vec![], vec![]);
+        for &(encoding, candidate) in pairs {
+            let (min, max) = &self.ranges[candidate];
+            for channel in 0..channels {
+                places.push((encoding * channels + channel) as i64);
+                low.push(min[encoding]);
+                high.push(max[encoding]);
+            }
+        }
+        let device = weight.device();
+        let places = Tensor::f_from_slice(&places)?.f_to_device(device)?;
+        let rows = weight.f_index_select(self.out_axis, &places)?;
+        let mut shape = vec![1; weight.dim()];
+        shape[self.out_axis as usize] = low.len() as i64;
+        let end = |values: &[f32]| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(values)?
+                .f_reshape(&shape)?
+                .f_to_device(device)?)
+        };
+        let quantizer = self.search.problem.quantizer;
+        let (scale, offset) = range_to_scale_offset(
+            &end(&low)?,
+            &end(&high)?,
+            &quantizer.grid,
+            quantizer.symmetric,
+        )?;
+        let mut change = quantize_dequantize(&rows, &scale, &offset, &quantizer.grid, None)?;
+        let _ = change.f_sub_(&rows)?;
+        let found = match errors {
+            Errors::ForwardPasses => self.by_forward_passes(&change, &places)?,
+            Errors::Sums(sums) => {
+                let change = self.map.matrix(&change)?.f_squeeze_dim(0)?;
+                let mut product = change.f_matmul(&sums.gram.f_squeeze_dim(0)?)?;
+                if let Some(cross) = &sums.double_cross {
+                    product -= cross.f_squeeze_dim(0)?.f_index_select(0, &places)?;
+                }
+                row_dot(&product, &change)?
+                    + sums.constant.f_reshape([-1])?.f_index_select(0, &places)?
+            }
+        };
+        self.per_encoding(&found, &signal.f_index_select(0, &places)?)
+    }
+
+    fn by_forward_passes(&self, change: &Tensor, places: &Tensor) -> Result<Tensor> {
+        let mut errors = self.zeros(&places.size())?;
+        self.pieces.for_each(|piece| {
+            let target = match piece.get(1) {
+                Some(shift) => Some(shift.f_index_select(-2, places)?),
+                None => None,
+            };
+            let output = outputs(self.map, &piece[0], change)?;
+            let _ = errors.f_add_(&channel_errors(&output, target.as_ref())?)?;
+            Ok(())
+        })?;
+        Ok(errors)
+    }
+}
+
+/// Outputs with the channels ahead of the places: `[out, n]` of a linear layer, `[samples, out, places]` of a convolution.
+fn outputs(map: &LinearMap, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    Ok(match map {
+        LinearMap::Linear => {
+            let rows = input.f_reshape([-1, weight.size()[1]])?;
+            weight.f_matmul(&rows.f_transpose(0, 1)?)?
+        }
+        LinearMap::Convolution { .. } => map.forward(input, weight, None)?.f_flatten(2, -1)?,
+    })
+}
+
+/// Squared errors of each channel of [`outputs`]: float64, `[out]`.
+fn channel_errors(output: &Tensor, target: Option<&Tensor>) -> Result<Tensor> {
+    let errors = reconstruction_error(output, target, "mse")?;
+    Ok(match errors.dim() {
+        2 => errors.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Double)?,
+        _ => errors,
+    })
+}
