@@ -33,7 +33,7 @@ from rimet.common.quantsim_config.utils import (
     get_path_for_per_channel_config,
     get_path_for_per_tensor_config,
 )
-from rimet.cross_layer_equalization import CrossLayerScaling, equalize_model
+from rimet.cross_layer_equalization import equalize_model
 from rimet.quantsim import QuantParams
 from rimet.quantsim.config_utils import set_grouped_blockwise_quantization_for_weights
 from rimet.seq_mse import apply_seq_mse
@@ -136,7 +136,12 @@ def recover(
 
 
 def treat_weights(
-    model: nn.Module, calibration: Split, test: Split, repeats: int, iterations: int
+    model: nn.Module,
+    trained: nn.Module,
+    calibration: Split,
+    test: Split,
+    repeats: int,
+    iterations: int,
 ) -> list[Row]:
     """W4A8 with one weight scale per tensor: rounding to nearest, and what the techniques that choose
     ranges and rounding from data make of it. Last, blocks with integer scales (LPBQ).
@@ -183,8 +188,8 @@ def treat_weights(
         return sim
 
     def equalized_adaround() -> rimet.QuantizationSimModel:
-        equalized = copy.deepcopy(model)
-        CrossLayerScaling.scale_model(equalized, INPUT_SHAPE)
+        equalized = copy.deepcopy(trained)
+        equalize_model(equalized, INPUT_SHAPE)
         return adaround(equalized)
 
     def blocks() -> rimet.QuantizationSimModel:
@@ -205,7 +210,7 @@ def treat_weights(
         ("W4A8 per-tensor", nearest),
         ("  Sequential MSE", sequential_mse),
         ("  AdaRound", lambda: adaround(model)),
-        ("  scaled, AdaRound", equalized_adaround),
+        ("  CLE, AdaRound", equalized_adaround),
         ("W4A8 LPBQ, blocks of 8", blocks),
     ]
     for name, treat in treatments:
@@ -311,7 +316,7 @@ def main() -> int:
     measure(f"W4A4, QAT {qat_epochs} epochs", sim, milliseconds)
     print_table(rows)
 
-    treated = treat_weights(model, calibration, test, repeats, iterations)
+    treated = treat_weights(model, trained, calibration, test, repeats, iterations)
     print_table(treated)
 
     unbalanced, spent = recover(trained, calibration, test, repeats)

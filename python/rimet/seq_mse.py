@@ -23,6 +23,7 @@ from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import Visit
 from rimet._weight_layers import (
     SUPPORTED,
+    TRANSPOSED,
     Layer,
     WeightTechnique,
     changed,
@@ -49,6 +50,7 @@ SUPPORTED_MODULES = SUPPORTED
 
 _SYMMETRIES = ("symqt", "symfp", "asym")
 _LOSSES = ("mse", "l1", "sqnr")
+_SHARED_RANGES = ("widest", "sum")
 
 
 def default_forward_fn(model: nn.Module, inputs: Any) -> Any:
@@ -80,9 +82,12 @@ class SeqMseParams:
             ``asym`` each of its own.
         loss_fn: ``mse``, ``l1`` or ``sqnr`` of the outputs.
         forward_fn: called with a model and a batch, runs the model on it.
+        shared_range: what output channels that share a range (per-tensor grids) get: ``widest`` of
+            the ranges that each would choose for itself, as in AIMET, or that of the least ``sum`` of
+            their losses.
 
     Raises:
-        ValueError: another symmetry or loss, or fewer than one candidate.
+        ValueError: another symmetry, loss or shared range, or fewer than one candidate.
     """
 
     num_batches: int | None
@@ -90,6 +95,7 @@ class SeqMseParams:
     inp_symmetry: str = "symqt"
     loss_fn: str = "mse"
     forward_fn: ForwardFn = default_forward_fn
+    shared_range: str = "widest"
 
     def __post_init__(self) -> None:
         if self.inp_symmetry not in _SYMMETRIES:
@@ -98,6 +104,11 @@ class SeqMseParams:
             )
         if self.loss_fn not in _LOSSES:
             raise ValueError(f"loss_fn: expected one of {', '.join(_LOSSES)}, got {self.loss_fn!r}")
+        if self.shared_range not in _SHARED_RANGES:
+            raise ValueError(
+                f"shared_range: expected one of {', '.join(_SHARED_RANGES)}, got "
+                f"{self.shared_range!r}"
+            )
         if self.num_candidates < 1:
             raise ValueError(f"num_candidates: expected 1 or more, got {self.num_candidates}")
 
@@ -157,6 +168,7 @@ def apply_seq_mse(
     *,
     inp_symmetry: str = "symqt",
     loss_fn: str = "mse",
+    shared_range: str = "widest",
     results_dir: str | os.PathLike[str] | None = None,
     memory_budget: int | None = None,
     progress: bool = True,
@@ -185,6 +197,7 @@ def apply_seq_mse(
             ``min`` and ``max`` of finished layers. Those that are there are taken as they are.
         inp_symmetry: see :class:`SeqMseParams`.
         loss_fn: see :class:`SeqMseParams`.
+        shared_range: see :class:`SeqMseParams`.
         results_dir: folder for the results of finished layers, with reports; a second run with the
             same data and settings takes them up, one with others is refused.
         memory_budget: bytes of activations in memory at once; None: a quarter of what is free.
@@ -199,7 +212,7 @@ def apply_seq_mse(
         FingerprintMismatchError: ``results_dir`` holds the results of another run.
     """
     check_checkpoints_config(checkpoints_config)
-    params = SeqMseParams(None, num_candidates, inp_symmetry, loss_fn, forward_fn)
+    params = SeqMseParams(None, num_candidates, inp_symmetry, loss_fn, forward_fn, shared_range)
     excluded = list(modules_to_exclude or ())
     return _run(sim, data_loader, params, excluded, cache_dir, results_dir, memory_budget, progress)
 
@@ -238,6 +251,7 @@ class _SequentialMse(WeightTechnique):
             "num_candidates": params.num_candidates,
             "inp_symmetry": params.inp_symmetry,
             "loss_fn": params.loss_fn,
+            "shared_range": params.shared_range,
         }
         self.progress = progress
         self._cache = cache
@@ -259,39 +273,80 @@ class _SequentialMse(WeightTechnique):
     ) -> None:
         """Chooses a layer's range, given its inputs by batch."""
         quantizer = layer.quantizer
+        # A spilled tensor is a mapped file: the list holds no memory of its own.
+        wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
+        use_float, use_quant = wanted[self.settings["inp_symmetry"]]
+        inputs = list(float_inputs) if use_float else [], list(quant_inputs) if use_quant else []
+        low, high = quantizer.get_min(), quantizer.get_max()
+        assert low is not None and high is not None
+        shape, blocks, axis = list(quantizer.shape), layer.block_size, None
+        dims = layer.module.weight.dim()
+        output_axis = 1 if isinstance(layer.module, TRANSPOSED) else 0
+        channels = layer.module.weight.shape[output_axis]
+        whole = [1] * (dims - len(shape)) + shape
+        is_grouped = isinstance(quantizer, GroupedBlockQuantizeDequantize)
+        is_shared = whole[output_axis] == 1 < channels and not is_grouped
+        if is_shared and self.settings["shared_range"] == "widest":
+            # Each output channel chooses for itself.
+            axis = output_axis
+            shape = [channels if i == axis else n for i, n in enumerate(whole)]
+            if blocks is not None:
+                blocks = [1] * (dims - len(blocks)) + blocks
+                blocks[axis] = 1
+            low, high = low.expand(shape), high.expand(shape)
+        candidates = self.settings["num_candidates"]
+        with self.steps(layer, candidates) as progress:
+            result = self._engine(layer, (low, high), inputs, shape, blocks, candidates, progress)
+        low, high = result["min"], result["max"]
+        loss_after = result["loss_after"]
+        if axis is not None:
+            low = low.amin(axis).reshape(quantizer.shape)
+            high = high.amax(axis).reshape(quantizer.shape)
+            chosen = self._engine(
+                layer, (low, high), inputs, list(quantizer.shape), layer.block_size, 1
+            )
+            loss_after = chosen["loss_after"]
+        entry.done(
+            {"min": low, "max": high},
+            loss_before=result["loss_before"],
+            loss_after=loss_after,
+            bitwidth=quantizer.bitwidth,
+            method=result["method"],
+        )
+
+    def _engine(
+        self,
+        layer: Layer,
+        full_range: tuple[Tensor, Tensor],
+        inputs: tuple[list[Tensor], list[Tensor]],
+        shape: list[int],
+        block_size: list[int] | None,
+        num_candidates: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Chooses for encodings of a shape."""
+        quantizer = layer.quantizer
         grouping = None
         if isinstance(quantizer, GroupedBlockQuantizeDequantize):
             levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
             grouping = (list(quantizer.block_grouping), levels)
-        # A spilled tensor is a mapped file: the list holds no memory of its own.
-        wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
-        use_float, use_quant = wanted[self.settings["inp_symmetry"]]
-        with self.steps(layer, self.settings["num_candidates"]) as progress:
-            result = _core.seq_mse_layer(
-                linear_map(layer.module),
-                layer.module.weight,
-                quantizer.get_min(),
-                quantizer.get_max(),
-                list(float_inputs) if use_float else [],
-                list(quant_inputs) if use_quant else [],
-                qmin=quantizer.qmin,
-                qmax=quantizer.qmax,
-                symmetric=quantizer.symmetric,
-                shape=list(quantizer.shape),
-                block_size=layer.block_size,
-                grouping=grouping,
-                num_candidates=self.settings["num_candidates"],
-                inp_symmetry=self.settings["inp_symmetry"],
-                loss=self.settings["loss_fn"],
-                progress=progress,
-            )
-        entry.done(
-            {"min": result["min"], "max": result["max"]},
-            loss_before=result["loss_before"],
-            loss_after=result["loss_after"],
-            bitwidth=quantizer.bitwidth,
-            method=result["method"],
+        result: dict[str, Any] = _core.seq_mse_layer(
+            linear_map(layer.module),
+            layer.module.weight,
+            *full_range,
+            *inputs,
+            qmin=quantizer.qmin,
+            qmax=quantizer.qmax,
+            symmetric=quantizer.symmetric,
+            shape=shape,
+            block_size=block_size,
+            grouping=grouping,
+            num_candidates=num_candidates,
+            inp_symmetry=self.settings["inp_symmetry"],
+            loss=self.settings["loss_fn"],
+            progress=progress,
         )
+        return result
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
         return {"min": layer.quantizer.min, "max": layer.quantizer.max}

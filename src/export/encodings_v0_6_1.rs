@@ -28,7 +28,14 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Vec<Value>, Encodings
             symmetric,
             ..
         } => {
-            let bitwidth = encoding.bitwidth();
+            // A block's scale, which both levels make, is that of the compressed grid.
+            let (bitwidth, qmin, qmax) = match &encoding.grouped {
+                Some(grouped) => {
+                    let half = 1i64 << (grouped.compressed_bitwidth - 1);
+                    (grouped.compressed_bitwidth, -half, half - 1)
+                }
+                None => (encoding.bitwidth(), qmin, qmax),
+            };
             let steps = (qmax - qmin) as f32;
             let symmetric = if symmetric { "True" } else { "False" };
             let channel = |(&scale, &offset): (&f64, &f64)| {

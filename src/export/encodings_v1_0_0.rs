@@ -34,9 +34,9 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Value, EncodingsError
             map.insert("bw".to_owned(), encoding.bitwidth().into());
             map.insert("is_sym".to_owned(), symmetric.into());
             if let Some(grouped) = &encoding.grouped {
-                let block = block_length(name, encoding)?;
+                let (_, length) = encoding.block_axis(name, VERSION)?;
                 map.insert("enc_type".to_owned(), "LPBQ".into());
-                map.insert("block_size".to_owned(), block.into());
+                map.insert("block_size".to_owned(), length.into());
                 map.insert(
                     "compressed_bw".to_owned(),
                     grouped.compressed_bitwidth.into(),
@@ -62,10 +62,8 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Value, EncodingsError
             };
             map.insert("enc_type".to_owned(), enc_type.into());
             if enc_type == "PER_BLOCK" {
-                map.insert(
-                    "block_size".to_owned(),
-                    block_length(name, encoding)?.into(),
-                );
+                let (_, length) = encoding.block_axis(name, VERSION)?;
+                map.insert("block_size".to_owned(), length.into());
             }
             map.insert("scale".to_owned(), encoding.scale.clone().into());
             let offsets: Vec<i64> = encoding
@@ -83,22 +81,6 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Value, EncodingsError
         }
     }
     Ok(Value::Object(map))
-}
-
-/// The length of a block: the format knows blocks along one axis only.
-fn block_length(name: &str, encoding: &Encoding) -> Result<i64, EncodingsError> {
-    let sizes = encoding.block_size.as_deref().unwrap_or_default();
-    let long: Vec<i64> = sizes.iter().copied().filter(|&size| size != 1).collect();
-    match long[..] {
-        [length] => Ok(length),
-        [] if !sizes.is_empty() => Ok(1),
-        _ => Err(EncodingsError::Inexpressible {
-            name: name.to_owned(),
-            version: VERSION,
-            what: format!("blocks of shape {sizes:?}"),
-            remedy: "blocks along one axis",
-        }),
-    }
 }
 
 /// The whole file by tensor names.
@@ -149,6 +131,7 @@ mod tests {
             compressed_bitwidth: 4,
             per_block_int_scale: vec![1, 2, 3, 4],
             per_channel_scale: vec![0.5, 0.25],
+            channel_shape: vec![2, 1],
         });
         let value = encoding("w", &grouped).unwrap();
         assert_eq!(value["bw"], 8);

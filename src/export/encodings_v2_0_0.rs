@@ -37,20 +37,12 @@ pub(super) fn layout(
     version: &'static str,
 ) -> Result<Layout, EncodingsError> {
     let full: Vec<usize> = encoding.shape.iter().map(|&n| n.max(0) as usize).collect();
-    if let Some(sizes) = &encoding.block_size {
-        let blocked: Vec<usize> = (0..sizes.len()).filter(|&i| sizes[i] != 1).collect();
-        let [axis] = blocked[..] else {
-            return Err(EncodingsError::Inexpressible {
-                name: name.to_owned(),
-                version,
-                what: format!("blocks of shape {sizes:?}"),
-                remedy: "blocks along one axis",
-            });
-        };
+    if encoding.block_size.is_some() {
+        let (axis, length) = encoding.block_axis(name, version)?;
         return Ok(Layout {
             shape: full,
             axis: Some(axis),
-            block_size: Some(sizes[axis]),
+            block_size: Some(length),
         });
     }
     if encoding.shape.is_empty() {
@@ -88,8 +80,11 @@ pub fn encoding(name: &str, encoding: &Encoding) -> Result<Option<Value>, Encodi
             "per_block_int_scale".to_owned(),
             nested(&grouped.per_block_int_scale, &layout.shape),
         );
-        let channels = grouped.per_channel_scale.clone();
-        map.insert("per_channel_float_scale".to_owned(), channels.into());
+        let shape: Vec<usize> = grouped.channel_shape.iter().map(|&n| n as usize).collect();
+        map.insert(
+            "per_channel_float_scale".to_owned(),
+            nested(&grouped.per_channel_scale, &shape),
+        );
     })
 }
 

@@ -10,9 +10,10 @@ const VERSION: &str = "2.1.0";
 /// The object of one tensor; `None` for float16 and bfloat16.
 pub fn encoding(name: &str, encoding: &Encoding) -> Result<Option<Value>, EncodingsError> {
     affine_or_float(name, encoding, VERSION, |map, grouped, layout| {
+        // Counted from the last one, as AIMET does.
         let channel_axis = (0..layout.shape.len())
             .find(|&i| Some(i) != layout.axis)
-            .unwrap_or(0);
+            .map_or(-1, |i| i as i64 - layout.shape.len() as i64);
         let scale = object([
             ("x", nested(&grouped.per_block_int_scale, &layout.shape)),
             ("x_scale", grouped.per_channel_scale.clone().into()),
@@ -45,11 +46,12 @@ mod tests {
             compressed_bitwidth: 4,
             per_block_int_scale: vec![1, 2, 3, 4],
             per_channel_scale: vec![0.5, 0.25],
+            channel_shape: vec![2, 1],
         });
         let value = encoding("w", &grouped).unwrap().unwrap();
         assert_eq!(
             value["y_scale"],
-            json!({"x": [[1, 2], [3, 4]], "x_scale": [0.5, 0.25], "axis": 0})
+            json!({"x": [[1, 2], [3, 4]], "x_scale": [0.5, 0.25], "axis": -2})
         );
         assert_eq!(
             (value["output_dtype"].as_str(), value["axis"].as_i64()),

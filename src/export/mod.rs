@@ -42,6 +42,8 @@ pub struct Grouped {
     pub compressed_bitwidth: u32,
     pub per_block_int_scale: Vec<i64>,
     pub per_channel_scale: Vec<f64>,
+    /// Shape of the scales per channel: the rank of the tensor, as many along an axis as there are groups of blocks.
+    pub channel_shape: Vec<i64>,
 }
 
 /// A floating-point number format.
@@ -169,6 +171,30 @@ impl Encoding {
         let mut axes = (0..self.shape.len()).filter(|&i| self.shape[i] != 1);
         let axis = axes.next();
         axis.filter(|_| axes.next().is_none())
+    }
+
+    /// The axis that is cut into blocks, and their length. Along other axes a block has length one, or all of the axis.
+    fn block_axis(
+        &self,
+        name: &str,
+        version: &'static str,
+    ) -> Result<(usize, i64), EncodingsError> {
+        let sizes = self.block_size.as_deref().unwrap_or_default();
+        let long = || (0..sizes.len()).filter(|&i| sizes[i] != 1);
+        let mut cut = long().filter(|&i| self.shape[i] != 1);
+        let axis = match (cut.next(), cut.next()) {
+            (None, _) => long().next().unwrap_or(sizes.len().saturating_sub(1)),
+            (Some(axis), None) => axis,
+            (Some(_), Some(_)) => {
+                return Err(EncodingsError::Inexpressible {
+                    name: name.to_owned(),
+                    version,
+                    what: format!("blocks of shape {sizes:?}"),
+                    remedy: "blocks along one axis",
+                })
+            }
+        };
+        Ok((axis, sizes.get(axis).copied().unwrap_or(1)))
     }
 }
 

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
 
 use rustix::fs::{self, FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -45,6 +46,8 @@ pub struct Usage {
 #[derive(Debug)]
 pub struct ActivationStore {
     budget: u64,
+    /// The part of the budget that running a model takes.
+    reserved: u64,
     folder: PathBuf,
     storages: HashMap<usize, Storage>,
     usage: Usage,
@@ -68,6 +71,7 @@ impl ActivationStore {
         }
         Ok(ActivationStore {
             budget,
+            reserved: 0,
             folder,
             storages: HashMap::new(),
             usage: Usage::default(),
@@ -79,7 +83,25 @@ impl ActivationStore {
         self.usage
     }
 
-    /// Counts one more holder of the storage `key`. False: it is new and does not fit the budget, and was not
+    /// What may be in memory at once: the budget, less what is reserved and what the allocator may keep of it (see
+    /// [`trim`](Self::trim)).
+    pub fn limit(&self) -> u64 {
+        self.budget
+            .saturating_sub(self.reserved)
+            .saturating_sub(self.kept_by_allocator())
+    }
+
+    /// Sets a part of the budget aside for what is not counted here: the tensors within a run of the model on one
+    /// batch. What is in memory stays there.
+    pub fn reserve(&mut self, bytes: u64) {
+        self.reserved = bytes;
+    }
+
+    fn kept_by_allocator(&self) -> u64 {
+        self.budget / 8
+    }
+
+    /// Counts one more holder of the storage `key`. False: it is new and exceeds the [`limit`](Self::limit), and was not
     /// counted; [`spill`](Self::spill) it. Storages of less than 16 KiB always stay.
     ///
     /// `key` identifies the storage as long as somebody holds it, such as its address.
@@ -88,7 +110,7 @@ impl ActivationStore {
             storage.holders += 1;
             return true;
         }
-        if bytes >= SMALLEST_FILE && self.usage.resident + bytes > self.budget {
+        if bytes >= SMALLEST_FILE && self.usage.resident + bytes > self.limit() {
             return false;
         }
         self.insert(key, bytes, true);
@@ -128,7 +150,7 @@ impl ActivationStore {
     pub fn spill(&mut self, bytes: &Tensor) -> Result<Tensor> {
         let len = bytes.numel() as u64;
         self.untrimmed += len;
-        if self.untrimmed > self.budget / 8 {
+        if self.untrimmed > self.kept_by_allocator() {
             self.trim();
         }
         let file = nameless_file(&self.folder, len)?;
@@ -175,6 +197,47 @@ fn give_back_freed_memory() {
     }
 }
 
+/// Within as many calls with `true` as with `false`, blocks of 128 KiB and more are pages of their own, which go back to
+/// the system when they are freed.
+///
+/// glibc begins like this, but the first large block that is freed moves the threshold up to its size (32 MiB at the
+/// most). From then on activations come from the heap, where the holes that they leave are nibbled by small blocks: a
+/// run of a model was seen to take as much as all its activations together, though only two were live at a time.
+/// Fresh pages cost the time to clear them, so this is for runs under a budget, not for an optimization's loop. In
+/// the end the threshold is set to what glibc's own rule comes to. Nothing happens if `MALLOC_MMAP_THRESHOLD_` is set.
+pub fn keep_large_blocks_apart(apart: bool) {
+    static BLOCKS: Mutex<usize> = Mutex::new(0);
+    if std::env::var_os("MALLOC_MMAP_THRESHOLD_").is_some() {
+        return;
+    }
+    let mut blocks = BLOCKS
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let before = *blocks;
+    *blocks = if apart {
+        before + 1
+    } else {
+        before.saturating_sub(1)
+    };
+    match (before, *blocks) {
+        (0, 1) => set_mmap_threshold(128 << 10),
+        (1, 0) => set_mmap_threshold(32 << 20),
+        _ => {}
+    }
+}
+
+fn set_mmap_threshold(bytes: libc::c_int) {
+    // SAFETY: the function may be called at any time; it sets numbers that later allocations read.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        // Twice as much at the heap's end before it shrinks: glibc's own proportion.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * bytes);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, bytes);
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = bytes;
+}
+
 /// A file of `len` bytes, its blocks reserved (writing through a mapping to a full disk would kill the process),
 /// and without a name.
 fn nameless_file(folder: &Path, len: u64) -> Result<OwnedFd> {
@@ -216,7 +279,9 @@ mod tests {
     #[test]
     fn holders_are_counted_and_the_budget_kept() {
         const MB: u64 = 1 << 20;
-        let mut store = store(100 * MB);
+        let mut store = store(200 * MB);
+        store.reserve(75 * MB);
+        assert_eq!(store.limit(), 100 * MB, "an eighth is the allocator's");
         assert!(store.hold(1, 60 * MB));
         assert!(
             store.hold(1, 60 * MB),
@@ -233,6 +298,8 @@ mod tests {
         assert_eq!(store.usage().resident, 40 * MB);
         assert!(store.hold(2, 41 * MB));
         assert_eq!(store.usage().peak_resident, 100 * MB + 100);
+        store.reserve(u64::MAX);
+        assert!(!store.hold(5, MB));
         assert!(matches!(store.release(1), Err(Error::State(_))));
     }
 

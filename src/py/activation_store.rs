@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
 use super::error::to_py;
-use crate::ptq::activation_store::ActivationStore;
+use crate::ptq::activation_store::{self, ActivationStore};
 
 /// Counts the memory of live activations. See `rimet::ptq::activation_store::ActivationStore`.
 #[pyclass(module = "rimet._core", name = "ActivationStore")]
@@ -30,6 +30,16 @@ impl PyActivationStore {
     /// The first holder of a storage in a mapped file.
     fn hold_mapped(&mut self, key: usize, bytes: u64) {
         self.0.hold_mapped(key, bytes);
+    }
+
+    /// Sets a part of the budget aside for a run of the model on one batch.
+    fn reserve(&mut self, bytes: u64) {
+        self.0.reserve(bytes);
+    }
+
+    /// What may be in memory at once.
+    fn limit(&self) -> u64 {
+        self.0.limit()
     }
 
     /// One holder less.
@@ -63,7 +73,14 @@ impl PyActivationStore {
     }
 }
 
-/// Adds this file's class to `rimet._core`.
+/// Large blocks are pages of their own, until as many calls with False as with True.
+#[pyfunction]
+fn keep_large_blocks_apart(apart: bool) {
+    activation_store::keep_large_blocks_apart(apart);
+}
+
+/// Adds this file's class and function to `rimet._core`.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<PyActivationStore>()
+    module.add_class::<PyActivationStore>()?;
+    module.add_function(wrap_pyfunction!(keep_large_blocks_apart, module)?)
 }

@@ -55,11 +55,12 @@ fn encoding(dict: &Bound<'_, PyDict>) -> PyResult<Encoding> {
             zero_point_shift: get_optional(dict, "zero_point_shift")?.unwrap_or(0.0),
         },
     };
-    let grouped = get_optional::<(u32, Vec<i64>, Vec<f64>)>(dict, "grouped")?.map(
-        |(compressed_bitwidth, per_block_int_scale, per_channel_scale)| Grouped {
+    let grouped = get_optional::<(u32, Vec<i64>, Vec<f64>, Vec<i64>)>(dict, "grouped")?.map(
+        |(compressed_bitwidth, per_block_int_scale, per_channel_scale, channel_shape)| Grouped {
             compressed_bitwidth,
             per_block_int_scale,
             per_channel_scale,
+            channel_shape,
         },
     );
     Ok(Encoding {

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ import torch
 from rimet import _core
 from rimet._graph.structure import Structure, flatten
 
-__all__ = ["DEFAULT_MEMORY_SHARE", "LiveBatches", "LiveTensors", "free_memory"]
+__all__ = [
+    "DEFAULT_MEMORY_SHARE",
+    "LiveBatches",
+    "LiveTensors",
+    "MeasuredTensors",
+    "bytes_of",
+    "free_memory",
+    "large_blocks_apart",
+]
 
 #: The default budget is this share of the memory that is free when the walk begins.
 DEFAULT_MEMORY_SHARE = 0.25
@@ -39,6 +48,69 @@ def free_memory(device: torch.device) -> int:
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))
     return max(free, 0)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages of tensors, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+class MeasuredTensors(MutableMapping[int, torch.Tensor]):
+    """Tensors by number, in memory, and what they came to.
+
+    Args:
+        outside: numbers of tensors that are not counted: somebody else owns their memory.
+
+    Attributes:
+        peak: the most bytes of storages held at once.
+    """
+
+    def __init__(self, outside: frozenset[int]) -> None:
+        self.peak = 0
+        self._outside = outside
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._holders: Counter[int] = Counter()
+        self._bytes = 0
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self._tensors[number]
+
+    def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
+        self.pop(number, None)
+        self._tensors[number] = tensor
+        if number not in self._outside:
+            storage = tensor.untyped_storage()
+            self._holders[storage._cdata] += 1
+            if self._holders[storage._cdata] == 1:
+                self._bytes += storage.nbytes()
+                self.peak = max(self.peak, self._bytes)
+
+    def __delitem__(self, number: int) -> None:
+        tensor = self._tensors.pop(number)
+        if number not in self._outside:
+            storage = tensor.untyped_storage()
+            self._holders[storage._cdata] -= 1
+            if self._holders[storage._cdata] == 0:
+                self._bytes -= storage.nbytes()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@contextlib.contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Within this context a large tensor's memory goes back to the system when it is freed, in all
+    threads: a run of a model leaves no holes in the heap that count against a budget.
+    """
+    _core.keep_large_blocks_apart(True)
+    try:
+        yield
+    finally:
+        _core.keep_large_blocks_apart(False)
 
 
 # Live tensors

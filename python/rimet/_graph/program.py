@@ -157,6 +157,8 @@ class Program:
         plain: the engine's data: steps, values, liveness.
         signature: what batches it is good for.
         trusted: its result has equalled the model's own, see :func:`verify`.
+        working_set: bytes that comparing the two took: the tensors live at once in the run of a batch,
+            and the model's own result.
         outside: values in memory that the run did not make: parameters, buffers, constants, and
             views of them.
         mutable: values in memory that the run writes to after it was made.
@@ -173,6 +175,7 @@ class Program:
         self.plain = plain
         self.signature = signature
         self.trusted = False
+        self.working_set = 0
         self.constants = constants
         self.result = result
         self.origins: list[tuple[str, int | None, str | None]] = plain.origins()
@@ -211,15 +214,22 @@ class Program:
         written = self.plain.written()
         return [n for kind, n, _ in written if kind == "input" and n is not None]
 
-    def run(self, model: nn.Module, batch: Any) -> Any:
+    def run(
+        self, model: nn.Module, batch: Any, values: MutableMapping[int, torch.Tensor] | None = None
+    ) -> Any:
         """The model's result on a batch of this signature, by running the steps.
+
+        Args:
+            model: whose modules, parameters and buffers it runs on.
+            batch: of this signature.
+            values: where live tensors are kept, see :class:`Execution`.
 
         Raises:
             ReplayError: the batch has another signature, or a guard does not hold.
         """
         if signature_of(batch) != self.signature:
             raise ReplayError(Reason.INPUT, type(batch).__name__)
-        execution = Execution(self, model, batch)
+        execution = Execution(self, model, batch, values)
         execution.advance(len(self))
         return execution.result()
 

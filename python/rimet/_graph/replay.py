@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from rimet._graph.inputs import ForwardFn, forward
+from rimet._graph.live import MeasuredTensors, bytes_of
 from rimet._graph.program import (
     Program,
     Reason,
@@ -55,12 +56,14 @@ def _compare(
     written = program.written_state
     if written:
         return own, ReplayError(Reason.WRITTEN, ", ".join(written))
+    values = MeasuredTensors(program.outside)
     try:
         with own_run(model):
-            replayed = program.run(model, copied)
+            replayed = program.run(model, copied, values)
     except ReplayError as error:
         return own, error
     tensors, structure = flatten(own)
+    program.working_set = max(program.working_set, values.peak + bytes_of(tensors))
     others, other_structure = flatten(replayed)
     if not structure.matches(other_structure):
         return own, ReplayError(Reason.OUTPUT, "other containers or values")

@@ -27,7 +27,13 @@ from tqdm import tqdm
 from rimet import _core
 from rimet._graph.activation import Activation, following_activation
 from rimet._graph.inputs import ForwardFn, forward, without_labels
-from rimet._graph.live import DEFAULT_MEMORY_SHARE, LiveBatches, LiveTensors, free_memory
+from rimet._graph.live import (
+    DEFAULT_MEMORY_SHARE,
+    LiveBatches,
+    LiveTensors,
+    free_memory,
+    large_blocks_apart,
+)
 from rimet._graph.program import (
     Execution,
     Program,
@@ -318,6 +324,7 @@ class WalkReport:
         recorded_anew: batches that got a program of their own on the way, since a value in them had
             decided otherwise.
         memory_budget: bytes for live activations.
+        working_set_bytes: the part of the budget that is set aside for running one batch.
         peak_resident_bytes: the most bytes of live activations in memory at once.
         spilled_bytes: bytes written to mapped files.
     """
@@ -328,6 +335,7 @@ class WalkReport:
     reasons: dict[str, str] = field(default_factory=dict)
     recorded_anew: int = 0
     memory_budget: int = 0
+    working_set_bytes: int = 0
     peak_resident_bytes: int = 0
     spilled_bytes: int = 0
 
@@ -375,7 +383,8 @@ class Visit:
         if side is None:
             return ()
         if not len(side.kept_outputs):
-            side.run_layer()
+            with large_blocks_apart():
+                side.run_layer()
         return _Lazy(len(side.kept_outputs), lambda i: _first_tensor(side.kept_outputs[i]))
 
     def float_arguments(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -407,10 +416,12 @@ class StreamingWalk:
             model's device; what a tuple holds beyond the positional arguments of ``forward``
             (labels) is left out.
         forward_fn: called with a model and a batch, runs the model on the batch.
-        memory_budget: bytes of live activations, batches included, that may be in memory at once;
-            the rest is in memory-mapped files. None: a quarter of the memory that is free when the
-            walk begins. What comes on top: the activations within one layer of one batch, what
-            the technique itself needs, and storages of less than 16 KiB.
+        memory_budget: bytes of activations that may be in memory at once, batches and the run of one
+            batch included; the rest is in memory-mapped files. None: a quarter of the memory that is
+            free when the walk begins. What comes on top: the run of one batch where it alone takes
+            more than the budget (see :attr:`WalkReport.working_set_bytes`), memory that a module
+            takes within its forward, what the technique itself needs, and storages of less than
+            16 KiB.
         scratch_dir: folder for these files, which have no names and vanish with the process,
             however it ends. None: the system's folder for temporary files. A folder in memory
             (tmpfs) saves none.
@@ -449,9 +460,11 @@ class StreamingWalk:
             raise ValueError(f"memory_budget: expected at least 0 bytes, got {memory_budget}")
         folder = tempfile.gettempdir() if scratch_dir is None else os.fspath(scratch_dir)
         self._store = _core.ActivationStore(memory_budget, folder)
+        self._store.reserve(memory_budget // 2)  # until it is known what a run takes
         self._batches = LiveBatches(self._store)
         self._sides: dict[str, _Side] = {}
         self._records: dict[str, Program] = {}
+        self._working_set = 0
         self._progress = progress
         self._bar: Any = None
         self.report = WalkReport(memory_budget=memory_budget)
@@ -480,12 +493,15 @@ class StreamingWalk:
             for model in self._models.values():
                 stack.enter_context(in_evaluation_mode(model))
             stack.callback(self._close)
-            order = self._order(paths)
+            with large_blocks_apart():
+                order = self._order(paths)
             self._bar = stack.enter_context(
                 tqdm(order, self._progress, disable=self._progress is None, unit="layer")
             )
             for path in self._bar:
-                yield self._come_to(path)
+                with large_blocks_apart():
+                    visit = self._come_to(path)
+                yield visit
                 self.report.visited.append(path)
                 self._account()
 
@@ -540,7 +556,10 @@ class StreamingWalk:
                 side = self._rerun(name, str(error))
             self._sides[name] = side
             places.append(side.order(paths))
-        if self._store.usage()["spilled"]:
+        if all(self.report.streamed.values()):
+            self._store.reserve(self._working_set)
+        usage = self._store.usage()
+        if usage["spilled"] or usage["resident"] > self._store.limit():
             # Memory for the activations: the batches themselves are hardly needed any more.
             self._batches.evict()
         for path in paths:
@@ -559,7 +578,8 @@ class StreamingWalk:
             by_signature.setdefault(signature_of(batch), []).append(index)
         programs: dict[Any, Program] = {}
         for signature, members in by_signature.items():
-            program, _ = record_program(model, self.batches[members[0]], self._forward, paths)
+            self._store.trim()
+            program = record_program(model, self.batches[members[0]], self._forward, paths)[0]
             self._records.setdefault(name, program)
             self._store.trim()
             try:
@@ -570,6 +590,7 @@ class StreamingWalk:
                 # It decides otherwise, and will get a program of its own. This one needs its proof still.
                 verify(program, model, self.batches[members[0]], self._forward)
             self._store.trim()
+            self._working_set = max(self._working_set, program.working_set)
             programs[signature] = program
         return programs
 
@@ -610,5 +631,6 @@ class StreamingWalk:
 
     def _account(self) -> None:
         usage = self._store.usage()
+        self.report.working_set_bytes = self._working_set
         self.report.peak_resident_bytes = usage["peak_resident"]
         self.report.spilled_bytes = usage["spilled"]

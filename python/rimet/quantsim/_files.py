@@ -87,6 +87,7 @@ def encoding_dict(encoding: EncodingBase) -> dict[str, Any]:
                 int(grouped.bitwidth),
                 grouped.per_block_int_scale.flatten().long().tolist(),
                 grouped.per_channel_scale.detach().flatten().double().tolist(),
+                list(grouped.per_channel_scale.shape),
             )
             width = int(grouped.decompressed_bw)
             plain["qmin"], plain["qmax"] = -(2 ** (width - 1)), 2 ** (width - 1) - 1

@@ -29,6 +29,8 @@ LAYERS = {
 
 def quantizer_of(grid: str, weight: torch.Tensor, symmetric: bool) -> torch.nn.Module:
     shape = [weight.shape[0]] + [1] * (weight.dim() - 1)
+    if grid == "per-tensor":
+        return affine.QuantizeDequantize((), 4, symmetric)
     if grid == "per-channel":
         return affine.QuantizeDequantize(tuple(shape), 4, symmetric)
     shape[1] = weight.shape[1] // 4
@@ -49,7 +51,9 @@ def main() -> None:
         x = torch.randn(shape) + torch.randn(shape[:1] + (1,) * (len(shape) - 1))
         xq = x + 0.1 * torch.randn(shape)
         tensors |= {f"{name}.weight": layer.weight.detach(), f"{name}.x": x, f"{name}.xq": xq}
-        grids = ["per-channel"] if name == "depthwise" else ["per-channel", "blocks", "lpbq"]
+        grids = ["per-tensor", "per-channel"]
+        if name != "depthwise":
+            grids += ["blocks", "lpbq"]
         for grid, symmetric, inputs, loss in itertools.product(
             grids, (True, False), ("symqt", "symfp", "asym"), ("mse", "l1", "sqnr")
         ):

@@ -63,8 +63,10 @@ def main(scratch: str, stop: bool) -> None:
             {
                 "above": peak - own,
                 "budget": BUDGET,
+                "batch": ROWS * WIDTH * 4,
                 "data": BATCHES * ROWS * WIDTH * 4,
                 "streamed": report.streamed,
+                "working_set": report.working_set_bytes,
                 "peak_resident": report.peak_resident_bytes,
                 "spilled": report.spilled_bytes,
             }

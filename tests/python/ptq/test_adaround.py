@@ -127,6 +127,15 @@ def test_with_cache_is_the_same(tmp_path: Path) -> None:
         )
 
 
+def test_progress_shows_layers_steps_and_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
+    report = Adaround.round_simulation(sim, parameters(progress=True))
+    shown = capsys.readouterr().err
+    assert "AdaRound" in shown and "5/5" in shown and "layer" in shown
+    assert "stem" in shown and "/60" in shown
+    assert report["head"].losses().startswith("head: loss ") and report["head"].losses() in shown
+
+
 @pytest.mark.parametrize("grid", ["blocks", "lpbq"])
 def test_a_simulation_with_blockwise_grids(grid: str) -> None:
     sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)

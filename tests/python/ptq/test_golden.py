@@ -31,7 +31,9 @@ def module_of(name: str, grid: str, symmetric: bool) -> Any:
         module.weight.copy_(SEQ_MSE[f"{name}.weight"])
     weight = module.weight
     shape = [weight.shape[0]] + [1] * (weight.dim() - 1)
-    if grid == "per-channel":
+    if grid == "per-tensor":
+        quantizer = QuantizeDequantize((), 4, symmetric)
+    elif grid == "per-channel":
         quantizer = QuantizeDequantize(shape, 4, symmetric)
     else:
         shape[1] = weight.shape[1] // 4

@@ -11,7 +11,9 @@ import pytest
 import torch
 from rimet import seq_mse
 from rimet.adaround import Adaround, AdaroundParameters
+from rimet.nn import QuantizationMixin
 from rimet.ptq_results import FingerprintMismatchError
+from rimet.quantization.affine import QuantizeDequantize
 from rimet.quantsim import QuantizationSimModel
 from rimet.quantsim.config_utils import (
     set_blockwise_quantization_for_weights,
@@ -134,6 +136,34 @@ def test_other_symmetries_and_losses_run_through_the_model(inp_symmetry: str, lo
     assert all(report[n].loss_after <= report[n].loss_before for n in TREATED)  # type: ignore[operator]
 
 
+def test_channels_with_one_range_take_the_widest_or_the_least_sum() -> None:
+    """Against the losses of all candidates, computed one by one."""
+    torch.manual_seed(1)
+    layer: Any = QuantizationMixin.from_module(nn.Linear(16, 6, bias=False))
+    with torch.no_grad():
+        layer.weight.mul_(torch.linspace(0.7, 1, 6)[:, None])
+    quantizer = QuantizeDequantize((), 3, True)
+    layer.param_quantizers["weight"] = quantizer
+    layer.compute_param_encodings()
+    full = quantizer.min.detach().clone(), quantizer.max.detach().clone()
+    x = torch.randn(200, 16) + 1
+    losses = []
+    for i in range(1, 21):
+        quantizer.set_range(*(end / 20 * i for end in full))
+        with torch.no_grad():
+            change = quantizer(layer.weight).as_subclass(Tensor) - layer.weight
+        losses.append((x @ change.T).square().sum(0))
+    table = torch.stack(losses)
+    expected = {"widest": table.argmin(0).max() + 1, "sum": table.sum(1).argmin() + 1}
+    assert expected["widest"] > expected["sum"]
+    for rule, candidate in expected.items():
+        quantizer.allow_overwrite(True)
+        quantizer.set_range(*full)
+        params = SeqMseParams(1, inp_symmetry="symqt", shared_range=rule)
+        seq_mse.optimize_module(layer, [x], [x], params)
+        torch.testing.assert_close(quantizer.max.detach(), full[1] / 20 * candidate)
+
+
 def test_forward_fn_and_dict_batches() -> None:
     expected, dicts, called = simulation(), simulation(), simulation()
     apply_seq_mse(expected, batches(), progress=False)
@@ -192,6 +222,8 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         SeqMseParams(1, inp_symmetry="both")
     with pytest.raises(ValueError, match=r"loss_fn.*'l2'"):
         SeqMseParams(1, loss_fn="l2")
+    with pytest.raises(ValueError, match=r"shared_range.*'mean'"):
+        SeqMseParams(1, shared_range="mean")
     with pytest.raises(ValueError, match=r"num_candidates.*0"):
         SeqMseParams(1, num_candidates=0)
     config = tmp_path / "c.json"
