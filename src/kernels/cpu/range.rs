@@ -162,24 +162,41 @@ pub enum ScaleOffsetGradients<'a, C, const N: usize> {
 impl<C: Compute, const N: usize> ScaleOffsetGradients<'_, C, N> {
     /// Those of sixteen ranges from `at` on; zero beyond the last.
     #[inline(always)]
-    fn lanes<S: Simd>(&self, at: usize) -> [<f64 as Compute>::V<S>; 2] {
-        match self {
+    fn lanes<S: Simd>(&self, at: usize) -> [Wide<S>; 2] {
+        let mut lanes = [Wide::<S>::splat(0.0); 2];
+        match *self {
             Self::Sums(sums) => {
-                let mut lanes = [[0.0; LANES]; 2];
-                for (j, sums) in sums[at..].iter().take(LANES).enumerate() {
-                    for (lanes, sum) in lanes.iter_mut().zip(sums) {
-                        lanes[j] = *sum;
+                let sums = &sums[at..];
+                for (k, lanes) in lanes.iter_mut().enumerate().take(N) {
+                    let mut values = [0.0; LANES];
+                    for (value, sum) in values.iter_mut().zip(sums) {
+                        *value = sum[k];
                     }
+                    *lanes = Vector::from_array(values);
                 }
-                lanes.map(Vector::from_array)
             }
-            Self::Arrays(scale, offset) => [scale, offset].map(|gradient| {
-                let gradient = &gradient[at..];
-                // SAFETY: as many elements are left.
-                unsafe { load_up_to::<S, C, f64>(gradient.as_ptr(), gradient.len()) }
-            }),
+            Self::Arrays(scale, offset) => {
+                for (lanes, gradient) in lanes.iter_mut().zip([scale, offset]) {
+                    let gradient = &gradient[at..];
+                    // SAFETY: as many elements are left.
+                    *lanes = unsafe { load_up_to::<S, C, f64>(gradient.as_ptr(), gradient.len()) };
+                }
+            }
         }
+        lanes
     }
+}
+
+/// Sixteen float64.
+type Wide<S> = <f64 as Compute>::V<S>;
+
+/// Sixteen numbers in float64. A function, since a closure that is not inlined would be compiled for the
+/// baseline.
+#[inline(always)]
+fn wide<S: Simd, C: Compute>(v: C::V<S>) -> Wide<S> {
+    let lanes = v.to_array();
+    // SAFETY: there are sixteen.
+    unsafe { load::<S, C, f64>(lanes.as_ptr()) }
 }
 
 /// The chain rule from scale and offset to min and max, of the ranges in `range`.
@@ -196,12 +213,6 @@ impl<C: Compute, const N: usize> Body for ToRange<'_, C, N> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self) {
-        type Wide<S> = <f64 as Compute>::V<S>;
-        let wide = |v: C::V<S>| -> Wide<S> {
-            let lanes = v.to_array();
-            // SAFETY: there are sixteen.
-            unsafe { load::<S, C, f64>(lanes.as_ptr()) }
-        };
         let zero = Wide::<S>::splat(0.0);
         let rule = self.rule.splat::<C::V<S>>();
         let slope = Wide::<S>::splat(1.0 / self.rule.steps.to_f64());
@@ -226,14 +237,14 @@ impl<C: Compute, const N: usize> Body for ToRange<'_, C, N> {
             let mut grad_min = zero;
             if rule.symmetric_offset.is_none() {
                 let scale = rule.scale(step);
-                let offset = wide(rule.unclamped_offset(min, scale));
+                let offset = wide::<S, C>(rule.unclamped_offset(min, scale));
                 let free = Wide::<S>::and(low.le(offset), offset.le(high));
-                let (s, min) = (wide(scale), wide(min));
+                let (s, min) = (wide::<S, C>(scale), wide::<S, C>(min));
                 grad_min = Wide::<S>::select(free, grad_offset.div(s), zero);
                 let through_offset = grad_offset.mul(min).div(s.mul(s));
                 grad_scale = Wide::<S>::select(free, grad_scale.sub(through_offset), grad_scale);
             }
-            let step = wide(step);
+            let step = wide::<S, C>(step);
             // NaN stays NaN, as a NaN range makes everything.
             let flat = Wide::<S>::select(step.ordered(), zero, step);
             let slope = slope.with_sign_of(step);
