@@ -438,6 +438,9 @@ def page(results: dict[str, dict[str, Any]], commit: str) -> str:
             letters="; ".join(f"({letter}) {reason}" for reason, letter in LETTERS.items()),
         )
     ]
+    missing = [entry.name for entry in entries() if entry.name not in results]
+    if missing:
+        parts.append(f"Not run for this page, so not judged: {', '.join(missing)}.\n")
     short = failures(results)
     if short:
         parts.append("What falls short:\n\n" + "\n".join(f"- {line}" for line in short) + "\n")
