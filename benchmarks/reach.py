@@ -443,7 +443,8 @@ def page(results: dict[str, dict[str, Any]], commit: str) -> str:
         parts.append(f"Not run for this page, so not judged: {', '.join(missing)}.\n")
     short = failures(results)
     if short:
-        parts.append("What falls short:\n\n" + "\n".join(f"- {line}" for line in short) + "\n")
+        lines = "\n".join(f"- {line}" for line in short).replace(f"{ROOT}/", "")
+        parts.append(f"What falls short:\n\n{lines}\n")
     for family in FAMILIES:
         members = {name: r for name, r in results.items() if r["family"] == family}
         if members:
