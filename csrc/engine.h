@@ -129,6 +129,20 @@ int32_t rimet_cuda_float_forward(const RimetDevice*, const RimetFloat*, const Ri
                                  void* output);
 int32_t rimet_cuda_float_backward(const RimetDevice*, const RimetFloat*, const RimetView* input,
                                   const void* grad, void* grad_input, void* grad_scale);
+int32_t rimet_cuda_adaround_forward(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                    const void* alpha, int32_t soft, void* output);
+int32_t rimet_cuda_adaround_backward(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                     const void* alpha, const void* grad, void* grad_alpha);
+int32_t rimet_cuda_adaround_step(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                 const RimetAdaroundStep*);
+// result and grad: one element of float32 (float64 for float64 tensors), on the device too.
+int32_t rimet_cuda_adaround_regularizer(const RimetDevice*, const void* alpha, int32_t dtype,
+                                        int64_t n, double beta, void* result);
+int32_t rimet_cuda_adaround_regularizer_backward(const RimetDevice*, const void* alpha,
+                                                 int32_t dtype, int64_t n, double beta,
+                                                 const void* grad, void* grad_alpha);
+int32_t rimet_cuda_row_sums(const RimetDevice*, int32_t kind, const void* a, const void* b,
+                            int32_t dtype, int64_t rows, int64_t columns, double* sums);
 
 // schemas.cpp: see there.
 const char* rimet_register_ops();

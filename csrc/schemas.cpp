@@ -104,6 +104,8 @@ void register_all() {
   register_affine_cuda(cuda);
   register_float_cuda(cuda);
   register_min_max_cuda(cuda);
+  register_adaround_cuda(cuda);
+  register_seq_mse_cuda(cuda);
 
   // Devices without kernels of their own take plain tensor ops.
   auto& composite = library(torch::Library::IMPL, c10::DispatchKey::CompositeExplicitAutograd);

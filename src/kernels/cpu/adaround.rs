@@ -481,6 +481,16 @@ pub struct StepSettings {
     pub beta: f64,
 }
 
+impl StepSettings {
+    /// Adam's step size, and what the root of the second moment is multiplied with: both with their bias
+    /// corrections.
+    pub fn adam(&self) -> (f64, f64) {
+        let power = self.step.min(i32::MAX as u64) as i32;
+        let step_size = self.learning_rate / (1.0 - BETA1.powi(power));
+        (step_size, (1.0 - BETA2.powi(power)).sqrt().recip())
+    }
+}
+
 /// Adam's decay rates and the term that keeps it from dividing by zero \[kingma2015\].
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
@@ -583,9 +593,7 @@ pub unsafe fn step<T: Element<C>, C: Transcendental>(
     settings: &StepSettings,
     tensors: StepTensors<T>,
 ) {
-    let power = settings.step.min(i32::MAX as u64) as i32;
-    let step_size = settings.learning_rate / (1.0 - BETA1.powi(power));
-    let correction = (1.0 - BETA2.powi(power)).sqrt().recip();
+    let (step_size, correction) = settings.adam();
     for_each_lanes(
         geometry,
         encodings,
