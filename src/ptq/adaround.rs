@@ -274,7 +274,7 @@ pub fn adaround(
     {
         Gradient::Gram(GramLoss::new(&layer)?)
     } else {
-        Gradient::Minibatch(Sampler::new(samples, config.seed))
+        Gradient::Minibatch(Sampler::new(&layer, samples, config.seed)?)
     };
     let method = match gradient {
         Gradient::Gram(_) => Method::Gram,
@@ -474,6 +474,76 @@ impl Layer<'_> {
         Ok(sum / rows.max(1) as f64)
     }
 
+    /// Rows and target rows of all samples, where a step takes no more of them than there are output
+    /// channels. A convolution reorders the weights to a layout of its own, and their gradient back, at
+    /// every step; with so few rows that costs more than the convolution itself.
+    fn rows_of_samples(&self, batches: &[BatchShape]) -> Result<Option<Vec<[Tensor; 2]>>> {
+        let map = self.problem.map;
+        let matrix = map.matrix(self.weight)?.size();
+        let (out, columns) = (matrix[1], matrix[2]);
+        let samples: usize = batches.iter().map(|b| b.samples).sum();
+        let rows: i64 = batches.iter().map(|b| b.rows).sum();
+        let of_step = rows * BATCH_SIZE.min(samples) as i64 / samples as i64;
+        let is_convolution = *map != LinearMap::Linear && map.groups() == 1;
+        if !is_convolution || of_step > out || rows * columns > MAX_ROWS {
+            return Ok(None);
+        }
+        let of_batch = |batch: usize| {
+            let by_sample = |rows: Tensor| rows.f_reshape([batches[batch].samples as i64, -1]);
+            Ok([
+                by_sample(map.rows(&self.input(batch)?, self.weight)?)?,
+                by_sample(map.output_rows(&self.target(batch)?)?)?,
+            ])
+        };
+        (0..batches.len())
+            .map(of_batch)
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+
+    /// The gradient of the loss with respect to the weight of `map`, whose bias and activation function are
+    /// this layer's. Writes into `target`.
+    fn minibatch_gradient(
+        &self,
+        map: &LinearMap,
+        weight: &Tensor,
+        input: &Tensor,
+        mut target: Tensor,
+    ) -> Result<Tensor> {
+        let factor = 2.0 / map.num_rows(&target).max(1) as f64;
+        let mut output = map.forward(input, weight, self.bias)?;
+        let mut grad = match self.problem.activation {
+            None => output.f_sub_out(&target, &target)?,
+            Some(Activation::Relu) => {
+                let _ = (output.f_relu_()?, target.f_relu_()?);
+                let error = output.f_sub_out(&target, &target)?;
+                output.f_threshold_backward_grad_input(&error, &error, 0)?
+            }
+            Some(activation) => {
+                let target = activation.apply(&target)?;
+                tch::with_grad(|| -> Result<Tensor> {
+                    let output = output.f_detach()?.f_set_requires_grad(true)?;
+                    let loss = activation
+                        .apply(&output)?
+                        .f_mse_loss(&target, Reduction::Sum)?
+                        * 0.5;
+                    let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
+                    Ok(grads[0].shallow_clone())
+                })?
+            }
+        };
+        // Scaled where there are fewer elements.
+        let scale_output = grad.numel() < weight.numel();
+        if scale_output {
+            let _ = grad.f_mul_scalar_(factor)?;
+        }
+        let mut grad = map.weight_gradient(&grad, input, weight)?;
+        if !scale_output {
+            let _ = grad.f_mul_scalar_(factor)?;
+        }
+        Ok(grad)
+    }
+
     /// Whether a step over the Gram matrix, with the making of it spread over the steps, counts fewer
     /// operations than the forward pass and the weight gradient of a minibatch.
     fn gram_is_cheaper(&self, samples: &[BatchShape], num_iterations: u64) -> Result<bool> {
@@ -542,10 +612,18 @@ struct Sampler {
     /// Batches whose samples can be stacked, by shape; the number of samples in each.
     stacks: Vec<(Vec<usize>, usize)>,
     random: Random,
+    /// Rows and target rows of the weight's matrix, `[samples, places * channels]` for each batch, where a
+    /// step is computed with them.
+    rows: Option<Vec<[Tensor; 2]>>,
+    /// Input and target of the last step, whose memory the next one takes.
+    drawn: Option<[Tensor; 2]>,
 }
 
+/// Elements of rows that are held for all steps: 64 MB of float32.
+const MAX_ROWS: i64 = 1 << 24;
+
 impl Sampler {
-    fn new(batches: Vec<BatchShape>, seed: u64) -> Self {
+    fn new(layer: &Layer<'_>, batches: Vec<BatchShape>, seed: u64) -> Result<Self> {
         let mut stacks: Vec<(Vec<usize>, usize)> = vec![];
         for (index, batch) in batches.iter().enumerate() {
             let stack = stacks
@@ -559,11 +637,13 @@ impl Sampler {
                 None => stacks.push((vec![index], batch.samples)),
             }
         }
-        Self {
+        Ok(Self {
+            rows: layer.rows_of_samples(&batches)?,
             batches,
             stacks,
             random: Random::new(seed),
-        }
+            drawn: None,
+        })
     }
 
     /// Samples of one step, as (batch, place within it), in the order of the data. Where shapes differ
@@ -591,53 +671,66 @@ impl Sampler {
         found
     }
 
+    /// Input and target of a batch, samples first.
+    fn batch(&self, layer: &Layer<'_>, batch: usize) -> Result<[Tensor; 2]> {
+        match &self.rows {
+            Some(rows) => Ok(rows[batch].each_ref().map(Tensor::shallow_clone)),
+            None => Ok([layer.raw_input(batch)?, layer.raw_target(batch)?]),
+        }
+    }
+
     /// Copies the samples drawn out of their batches; the batches themselves stay where they are.
-    fn gather(&mut self, layer: &Layer<'_>) -> Result<(Tensor, Tensor)> {
+    fn gather(&mut self, layer: &Layer<'_>) -> Result<[Tensor; 2]> {
         let drawn = self.draw();
-        let mut parts = (vec![], vec![]);
+        let mut begin = 0;
         for run in drawn.chunk_by(|a, b| a.0 == b.0) {
             let places: Vec<i64> = run.iter().map(|s| s.1).collect();
             let places = Tensor::from_slice(&places).f_to_device(layer.weight.device())?;
-            parts
-                .0
-                .push(layer.raw_input(run[0].0)?.f_index_select(0, &places)?);
-            parts
-                .1
-                .push(layer.raw_target(run[0].0)?.f_index_select(0, &places)?);
+            let batch = self.batch(layer, run[0].0)?;
+            let buffers = match self.drawn.take() {
+                Some(buffers) if begin > 0 || fits(&buffers, &batch, drawn.len()) => buffers,
+                _ => {
+                    let buffer = |tensor: &Tensor| {
+                        let mut size = tensor.size();
+                        size[0] = drawn.len() as i64;
+                        Tensor::f_empty(&size, (tensor.kind(), tensor.device()))
+                    };
+                    [buffer(&batch[0])?, buffer(&batch[1])?]
+                }
+            };
+            for (buffer, tensor) in buffers.iter().zip(&batch) {
+                let part = buffer.f_narrow(0, begin, run.len() as i64)?;
+                let _ = tensor.f_index_select_out(&part, 0, &places)?;
+            }
+            self.drawn = Some(buffers);
+            begin += run.len() as i64;
         }
-        let joined = |parts: Vec<Tensor>| match parts.as_slice() {
-            [one] => Ok(one.shallow_clone()),
-            many => Tensor::f_cat(many, 0),
-        };
-        let input = layer.padded(&joined(parts.0)?)?;
-        Ok((input, joined(parts.1)?.f_to_kind(layer.kind)?))
+        let buffers = self.drawn.as_ref().expect("at least one sample is drawn");
+        Ok(buffers.each_ref().map(Tensor::shallow_clone))
     }
 
     fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
-        let (input, target) = self.gather(layer)?;
+        let [input, target] = self.gather(layer)?;
+        let size = rounded.size();
         let map = layer.problem.map;
-        let output = layer.forward(&input, rounded)?;
-        let factor = 2.0 / map.num_rows(&target).max(1) as f64;
-        let grad = match layer.problem.activation {
-            None => (output - target) * factor,
-            Some(Activation::Relu) => {
-                let output = output.f_relu()?;
-                let error = (&output - target.f_relu()?) * factor;
-                output.f_threshold_backward(&error, 0)?
-            }
-            Some(activation) => {
-                let target = activation.apply(&target)?;
-                tch::with_grad(|| -> Result<Tensor> {
-                    let output = output.f_detach()?.f_set_requires_grad(true)?;
-                    let loss = activation
-                        .apply(&output)?
-                        .f_mse_loss(&target, Reduction::Sum)?
-                        * (0.5 * factor);
-                    let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
-                    Ok(grads[0].shallow_clone())
-                })?
-            }
-        };
-        map.weight_gradient(&grad, &input, rounded)
+        if self.rows.is_none() {
+            let input = layer.padded(&input)?;
+            let target = target.f_to_kind(layer.kind)?;
+            return layer.minibatch_gradient(map, rounded, &input, target);
+        }
+        // A linear layer with the weight's matrix.
+        let matrix = map.matrix(rounded)?.f_squeeze_dim(0)?;
+        let rows = input.f_reshape([-1, matrix.size()[1]])?;
+        let target = target.f_reshape([-1, matrix.size()[0]])?;
+        let grad = layer.minibatch_gradient(&LinearMap::Linear, &matrix, &rows, target)?;
+        map.from_matrix(&grad.f_unsqueeze(0)?, &size)
     }
+}
+
+/// Whether `n` samples of these batches are what the buffers hold.
+fn fits(buffers: &[Tensor; 2], batch: &[Tensor; 2], n: usize) -> bool {
+    buffers.iter().zip(batch).all(|(buffer, tensor)| {
+        let (size, of_batch) = (buffer.size(), tensor.size());
+        size[0] == n as i64 && size[1..] == of_batch[1..] && buffer.kind() == tensor.kind()
+    })
 }
