@@ -149,6 +149,10 @@ def of_techniques(weight: Sequence[int], dtype: torch.dtype) -> list[Work]:
             *state, grad, x, scale, offset, *grid, None, step=1, **settings
         )
 
+    def output_gradient(x: Tensor) -> Callable[[], object]:
+        target = torch.randn_like(x)
+        return lambda: ops.reconstruction_gradient_(x, target, None, factor=0.1, relu=True)
+
     def error(x: Tensor) -> Callable[[], object]:
         target = torch.randn_like(x)
         return lambda: ops.reconstruction_error(x, target)
@@ -157,6 +161,7 @@ def of_techniques(weight: Sequence[int], dtype: torch.dtype) -> list[Work]:
         work("AdaRound, soft rounding", weight, dtype, passes=3, build=soft_rounding),
         work("AdaRound, regularizer", weight, dtype, passes=1, build=regularizer),
         work("AdaRound, step", weight, dtype, passes=9, build=step),
+        work("AdaRound, gradient of the output", weight, dtype, passes=3, build=output_gradient),
         work("Sequential MSE, error of rows", weight, dtype, passes=2, build=error),
     ]
 

@@ -114,6 +114,43 @@ at::ScalarType sum_type(const Tensor& alpha) {
   return alpha.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// An output, and the target that each of its samples is compared with: all of them in order, or
+// those that are named.
+struct ReconstructionArgs {
+  const Tensor &output, &target;
+  const std::optional<Tensor>& samples;
+  double factor;
+  bool relu;
+
+  void check() const {
+    const char* op = "rimet::reconstruction_gradient_";
+    TORCH_CHECK_VALUE(
+        output.dim() >= 1 && output.is_contiguous(), op,
+        ": output: expected a contiguous tensor with a dimension for samples, got sizes ",
+        output.sizes(), " and strides ", output.strides());
+    TORCH_CHECK_TYPE(target.scalar_type() == output.scalar_type(), op,
+                     ": target: expected the dtype of output ", output.scalar_type(), ", got ",
+                     target.scalar_type());
+    auto expected = target.sizes().vec();
+    if (samples.has_value()) {
+      TORCH_CHECK_TYPE(samples->scalar_type() == at::kLong && samples->dim() == 1, op,
+                       ": samples: expected one dimension of int64, got ", samples->sizes(), " of ",
+                       samples->scalar_type());
+      if (!expected.empty()) {
+        expected[0] = samples->size(0);
+      }
+    }
+    TORCH_CHECK_VALUE(output.sizes() == expected, op,
+                      ": output: expected the target's samples, shape ", at::IntArrayRef(expected),
+                      ", got ", output.sizes());
+  }
+
+  int64_t len() const { return output.size(0) == 0 ? 0 : output.numel() / output.size(0); }
+  Tensor of_samples() const {
+    return samples.has_value() ? target.index_select(0, *samples) : target;
+  }
+};
+
 // ---- CPU ----------------------------------------------------------------------------------------
 
 Tensor quantize_dequantize_cpu(const Tensor& input, const Tensor& alpha, const Tensor& scale,
@@ -163,6 +200,27 @@ void step_cpu(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& output
   const StepArgs s{alpha, exp_avg, exp_avg_sq, output, step, learning_rate, reg_param, beta};
   run_step(args, s, grad, input, scale, offset,
            [&](auto... arguments) { check_status(rimet_adaround_step(arguments...), args.name); });
+}
+
+void reconstruction_gradient_cpu(Tensor& output, const Tensor& target,
+                                 const std::optional<Tensor>& samples, double factor, bool relu) {
+  const ReconstructionArgs args{output, target, samples, factor, relu};
+  args.check();
+  const bool in_place = target.is_contiguous();
+  const Tensor t = in_place ? target : args.of_samples().contiguous();
+  const Tensor numbers = in_place && samples.has_value()
+                             ? samples->contiguous()
+                             : at::arange(output.size(0), at::TensorOptions(at::kLong));
+  const int64_t* data = numbers.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < t.size(0),
+                      "rimet::reconstruction_gradient_: samples: expected numbers below ",
+                      t.size(0), ", got ", data[i]);
+  }
+  check_status(rimet_reconstruction_gradient(output.data_ptr(), t.const_data_ptr(),
+                                             static_cast<int32_t>(t.scalar_type()), data,
+                                             numbers.numel(), args.len(), factor, relu),
+               "reconstruction_gradient_");
 }
 
 // ---- tensor ops ---------------------------------------------------------------------------------
@@ -261,6 +319,18 @@ void step_composite(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& 
                                              /*soft_rounding=*/true, block));
 }
 
+void reconstruction_gradient_composite(Tensor& output, const Tensor& target,
+                                       const std::optional<Tensor>& samples, double factor,
+                                       bool relu) {
+  const ReconstructionArgs args{output, target, samples, factor, relu};
+  args.check();
+  const auto type = sum_type(output);
+  const Tensor y = output.to(type);
+  const Tensor t = args.of_samples().to(type);
+  const Tensor gradient = (y - (relu ? at::relu(t) : t)) * factor;
+  output.copy_(relu ? at::where(y <= 0, at::zeros({}, y.options()), gradient) : gradient);
+}
+
 // ---- CUDA: kernels, and tensor ops where there are none
 // -------------------------------------------
 
@@ -349,6 +419,22 @@ void step_cuda(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& outpu
   }
 }
 
+void reconstruction_gradient_cuda(Tensor& output, const Tensor& target,
+                                  const std::optional<Tensor>& samples, double factor, bool relu) {
+  const ReconstructionArgs args{output, target, samples, factor, relu};
+  args.check();
+  CudaCall call(output);
+  const Tensor t = args.of_samples().contiguous();
+  const bool ran =
+      call.ran(rimet_cuda_reconstruction_gradient(
+                   call.device(), output.data_ptr(), t.const_data_ptr(),
+                   static_cast<int32_t>(t.scalar_type()), output.numel(), factor, relu),
+               "reconstruction_gradient_");
+  if (!ran) {
+    reconstruction_gradient_composite(output, target, samples, factor, relu);
+  }
+}
+
 // ---- Meta ---------------------------------------------------------------------------------------
 
 Tensor quantize_dequantize_meta(const Tensor& input, const Tensor& alpha, const Tensor& scale,
@@ -373,6 +459,9 @@ Tensor regularizer_backward_meta(const Tensor&, const Tensor& alpha, double) {
 
 void step_meta(Tensor&, Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
                const Tensor&, int64_t, int64_t, Block, int64_t, double, double, double) {}
+
+void reconstruction_gradient_meta(Tensor&, const Tensor&, const std::optional<Tensor>&, double,
+                                  bool) {}
 
 // ---- autograd -----------------------------------------------------------------------------------
 
@@ -479,6 +568,7 @@ Tensor regularizer_autograd(const Tensor& alpha, double beta) {
     m.impl("adaround_regularizer", regularizer_##device);                                   \
     m.impl("adaround_regularizer_backward", regularizer_backward_##device);                 \
     m.impl("adaround_step_", step_##device);                                                \
+    m.impl("reconstruction_gradient_", reconstruction_gradient_##device);                   \
   }
 RIMET_REGISTER_ADAROUND(cpu)
 RIMET_REGISTER_ADAROUND(cuda)

@@ -172,4 +172,29 @@ struct RegularizerBackward {
   }
 };
 
+// Twin of `ReconstructionArgs` in src/kernels/cuda/adaround.rs.
+template <class C>
+struct ReconstructionArgs {
+  using Encoding = NoEncoding;
+
+  Tensors<3> tensors;
+  C factor;
+  u64 relu;
+
+  __device__ __forceinline__ NoEncoding encoding(u64) const { return {}; }
+  __device__ __forceinline__ NoEncoding sole_encoding() const { return {}; }
+};
+
+template <class C>
+struct ReconstructionGradient {
+  using Args = ReconstructionArgs<C>;
+  static constexpr u32 kInputs = 2;  // the output, the target
+  static constexpr u32 kOutputs = 1;
+
+  static __device__ __forceinline__ void apply(C (&v)[2], NoEncoding, const Args& args) {
+    const C target = args.relu && v[1] <= C(0) ? C(0) : v[1];
+    v[0] = args.relu && v[0] <= C(0) ? C(0) : (v[0] - target) * args.factor;
+  }
+};
+
 }  // namespace rimet

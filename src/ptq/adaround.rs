@@ -21,8 +21,8 @@ use super::rows::{for_each_piece, Batches, Gram};
 use crate::encoding::AffineGrid;
 use crate::error::{Error, Result};
 use crate::ops::{
-    adaround_quantize_dequantize, adaround_regularizer, adaround_step, AdaroundState, AdaroundStep,
-    GAMMA, ZETA,
+    adaround_quantize_dequantize, adaround_regularizer, adaround_step, reconstruction_gradient,
+    AdaroundState, AdaroundStep, GAMMA, ZETA,
 };
 use crate::ptq::random::Random;
 use tch::{Kind, Reduction, Tensor};
@@ -237,7 +237,8 @@ pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Chooses the rounding of a layer's weight.
 ///
 /// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: six
-/// times the weight, 32 samples of input and output, and with [`Method::Gram`] three Gram matrices.
+/// times the weight, 32 samples of input and output, with [`Method::Gram`] three Gram matrices, and for a
+/// convolution with few output places at most 64 MB of rows.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -477,7 +478,7 @@ impl Layer<'_> {
     /// Rows and target rows of all samples, where a step takes no more of them than there are output
     /// channels. A convolution reorders the weights to a layout of its own, and their gradient back, at
     /// every step; with so few rows that costs more than the convolution itself.
-    fn rows_of_samples(&self, batches: &[BatchShape]) -> Result<Option<Vec<[Tensor; 2]>>> {
+    fn rows_of_samples(&self, batches: &[BatchShape]) -> Result<Option<Vec<(Tensor, Tensor)>>> {
         let map = self.problem.map;
         let matrix = map.matrix(self.weight)?.size();
         let (out, columns) = (matrix[1], matrix[2]);
@@ -490,10 +491,10 @@ impl Layer<'_> {
         }
         let of_batch = |batch: usize| {
             let by_sample = |rows: Tensor| rows.f_reshape([batches[batch].samples as i64, -1]);
-            Ok([
+            Ok((
                 by_sample(map.rows(&self.input(batch)?, self.weight)?)?,
                 by_sample(map.output_rows(&self.target(batch)?)?)?,
-            ])
+            ))
         };
         (0..batches.len())
             .map(of_batch)
@@ -501,47 +502,60 @@ impl Layer<'_> {
             .map(Some)
     }
 
-    /// The gradient of the loss with respect to the weight of `map`, whose bias and activation function are
-    /// this layer's. Writes into `target`.
+    /// The gradient of a step's loss with respect to the weight of `map`, whose bias and activation function
+    /// are this layer's.
     fn minibatch_gradient(
         &self,
         map: &LinearMap,
         weight: &Tensor,
         input: &Tensor,
-        mut target: Tensor,
+        runs: &[Run],
     ) -> Result<Tensor> {
-        let factor = 2.0 / map.num_rows(&target).max(1) as f64;
-        let mut output = map.forward(input, weight, self.bias)?;
-        let mut grad = match self.problem.activation {
-            None => output.f_sub_out(&target, &target)?,
-            Some(Activation::Relu) => {
-                let _ = (output.f_relu_()?, target.f_relu_()?);
-                let error = output.f_sub_out(&target, &target)?;
-                output.f_threshold_backward_grad_input(&error, &error, 0)?
-            }
+        let output = map.forward(input, weight, self.bias)?.f_contiguous()?;
+        let factor = 2.0 / map.num_rows(&output).max(1) as f64;
+        let grad = match self.problem.activation {
+            None => self.output_gradient(&output, runs, factor, false)?,
+            Some(Activation::Relu) => self.output_gradient(&output, runs, factor, true)?,
             Some(activation) => {
-                let target = activation.apply(&target)?;
+                let parts: Vec<Tensor> =
+                    runs.iter().map(Run::drawn_target).collect::<Result<_>>()?;
+                let target = Tensor::f_cat(&parts, 0)?.f_to_kind(self.kind)?;
+                let target = activation.apply(&target.f_reshape_as(&output)?)?;
                 tch::with_grad(|| -> Result<Tensor> {
                     let output = output.f_detach()?.f_set_requires_grad(true)?;
                     let loss = activation
                         .apply(&output)?
                         .f_mse_loss(&target, Reduction::Sum)?
-                        * 0.5;
+                        * (0.5 * factor);
                     let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
                     Ok(grads[0].shallow_clone())
                 })?
             }
         };
-        // Scaled where there are fewer elements.
-        let scale_output = grad.numel() < weight.numel();
-        if scale_output {
-            let _ = grad.f_mul_scalar_(factor)?;
+        map.weight_gradient(&grad, input, weight)
+    }
+
+    /// The gradient with respect to the output, in its place, without copies of the targets.
+    fn output_gradient(
+        &self,
+        output: &Tensor,
+        runs: &[Run],
+        factor: f64,
+        relu: bool,
+    ) -> Result<Tensor> {
+        let samples: i64 = runs.iter().map(|run| run.len).sum();
+        let by_sample = output.f_view([samples, -1])?;
+        for run in runs {
+            let mut part = by_sample.f_narrow(0, run.begin, run.len)?;
+            if run.target.kind() == self.kind {
+                let target = run.target.f_flatten(1, -1)?;
+                reconstruction_gradient(&mut part, &target, Some(&run.samples), factor, relu)?;
+            } else {
+                let target = run.drawn_target()?.f_to_kind(self.kind)?.f_flatten(1, -1)?;
+                reconstruction_gradient(&mut part, &target, None, factor, relu)?;
+            }
         }
-        let mut grad = map.weight_gradient(&grad, input, weight)?;
-        if !scale_output {
-            let _ = grad.f_mul_scalar_(factor)?;
-        }
-        Ok(grad)
+        Ok(output.shallow_clone())
     }
 
     /// Whether a step over the Gram matrix, with the making of it spread over the steps, counts fewer
@@ -614,13 +628,31 @@ struct Sampler {
     random: Random,
     /// Rows and target rows of the weight's matrix, `[samples, places * channels]` for each batch, where a
     /// step is computed with them.
-    rows: Option<Vec<[Tensor; 2]>>,
-    /// Input and target of the last step, whose memory the next one takes.
-    drawn: Option<[Tensor; 2]>,
+    rows: Option<Vec<(Tensor, Tensor)>>,
+    /// Inputs of the last step, whose memory the next one takes.
+    drawn: Option<Tensor>,
+}
+
+/// The samples of a step that come from one batch.
+struct Run {
+    /// The batch's, samples first.
+    input: Tensor,
+    target: Tensor,
+    /// Their places in it.
+    samples: Tensor,
+    /// The place of the first among all of the step.
+    begin: i64,
+    len: i64,
 }
 
 /// Elements of rows that are held for all steps: 64 MB of float32.
 const MAX_ROWS: i64 = 1 << 24;
+
+impl Run {
+    fn drawn_target(&self) -> Result<Tensor> {
+        Ok(self.target.f_index_select(0, &self.samples)?)
+    }
+}
 
 impl Sampler {
     fn new(layer: &Layer<'_>, batches: Vec<BatchShape>, seed: u64) -> Result<Self> {
@@ -671,66 +703,62 @@ impl Sampler {
         found
     }
 
-    /// Input and target of a batch, samples first.
-    fn batch(&self, layer: &Layer<'_>, batch: usize) -> Result<[Tensor; 2]> {
-        match &self.rows {
-            Some(rows) => Ok(rows[batch].each_ref().map(Tensor::shallow_clone)),
-            None => Ok([layer.raw_input(batch)?, layer.raw_target(batch)?]),
+    /// Copies the inputs of the samples drawn out of their batches; the batches themselves stay where they
+    /// are.
+    fn gather(&mut self, runs: &[Run]) -> Result<Tensor> {
+        let n: i64 = runs.iter().map(|run| run.len).sum();
+        let mut size = runs[0].input.size();
+        size[0] = n;
+        let kind = runs[0].input.kind();
+        let buffer = match self.drawn.take() {
+            Some(buffer) if buffer.size() == size && buffer.kind() == kind => buffer,
+            _ => Tensor::f_empty(&size, (kind, runs[0].input.device()))?,
+        };
+        for run in runs {
+            let part = buffer.f_narrow(0, run.begin, run.len)?;
+            let _ = run.input.f_index_select_out(&part, 0, &run.samples)?;
         }
+        Ok(self.drawn.insert(buffer).shallow_clone())
     }
 
-    /// Copies the samples drawn out of their batches; the batches themselves stay where they are.
-    fn gather(&mut self, layer: &Layer<'_>) -> Result<[Tensor; 2]> {
+    /// The samples of a step, by batch.
+    fn runs(&mut self, layer: &Layer<'_>) -> Result<Vec<Run>> {
         let drawn = self.draw();
         let mut begin = 0;
-        for run in drawn.chunk_by(|a, b| a.0 == b.0) {
-            let places: Vec<i64> = run.iter().map(|s| s.1).collect();
-            let places = Tensor::from_slice(&places).f_to_device(layer.weight.device())?;
-            let batch = self.batch(layer, run[0].0)?;
-            let buffers = match self.drawn.take() {
-                Some(buffers) if begin > 0 || fits(&buffers, &batch, drawn.len()) => buffers,
-                _ => {
-                    let buffer = |tensor: &Tensor| {
-                        let mut size = tensor.size();
-                        size[0] = drawn.len() as i64;
-                        Tensor::f_empty(&size, (tensor.kind(), tensor.device()))
-                    };
-                    [buffer(&batch[0])?, buffer(&batch[1])?]
-                }
-            };
-            for (buffer, tensor) in buffers.iter().zip(&batch) {
-                let part = buffer.f_narrow(0, begin, run.len() as i64)?;
-                let _ = tensor.f_index_select_out(&part, 0, &places)?;
-            }
-            self.drawn = Some(buffers);
-            begin += run.len() as i64;
-        }
-        let buffers = self.drawn.as_ref().expect("at least one sample is drawn");
-        Ok(buffers.each_ref().map(Tensor::shallow_clone))
+        drawn
+            .chunk_by(|a, b| a.0 == b.0)
+            .map(|run| {
+                let samples: Vec<i64> = run.iter().map(|s| s.1).collect();
+                let batch = run[0].0;
+                let (input, target) = match &self.rows {
+                    Some(rows) => (rows[batch].0.shallow_clone(), rows[batch].1.shallow_clone()),
+                    None => (layer.raw_input(batch)?, layer.raw_target(batch)?),
+                };
+                let found = Run {
+                    input,
+                    target,
+                    samples: Tensor::from_slice(&samples).f_to_device(layer.weight.device())?,
+                    begin,
+                    len: samples.len() as i64,
+                };
+                begin += found.len;
+                Ok(found)
+            })
+            .collect()
     }
 
     fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
-        let [input, target] = self.gather(layer)?;
-        let size = rounded.size();
+        let runs = self.runs(layer)?;
+        let input = self.gather(&runs)?;
         let map = layer.problem.map;
         if self.rows.is_none() {
             let input = layer.padded(&input)?;
-            let target = target.f_to_kind(layer.kind)?;
-            return layer.minibatch_gradient(map, rounded, &input, target);
+            return layer.minibatch_gradient(map, rounded, &input, &runs);
         }
         // A linear layer with the weight's matrix.
         let matrix = map.matrix(rounded)?.f_squeeze_dim(0)?;
         let rows = input.f_reshape([-1, matrix.size()[1]])?;
-        let target = target.f_reshape([-1, matrix.size()[0]])?;
-        let grad = layer.minibatch_gradient(&LinearMap::Linear, &matrix, &rows, target)?;
-        map.from_matrix(&grad.f_unsqueeze(0)?, &size)
+        let grad = layer.minibatch_gradient(&LinearMap::Linear, &matrix, &rows, &runs)?;
+        map.from_matrix(&grad.f_unsqueeze(0)?, &rounded.size())
     }
-}
-
-/// Whether `n` samples of these batches are what the buffers hold.
-fn fits(buffers: &[Tensor; 2], batch: &[Tensor; 2], n: usize) -> bool {
-    buffers.iter().zip(batch).all(|(buffer, tensor)| {
-        let (size, of_batch) = (buffer.size(), tensor.size());
-        size[0] == n as i64 && size[1..] == of_batch[1..] && buffer.kind() == tensor.kind()
-    })
 }

@@ -15,6 +15,7 @@ const FILE: &str = "adaround.cu";
 const FORWARD: &str = "AdaroundForward";
 const BACKWARD: &str = "AdaroundBackward";
 const STEP: &str = "AdaroundStep";
+const RECONSTRUCTION_GRADIENT: &str = "ReconstructionGradient";
 const REGULARIZER: &str = "Regularizer";
 const REGULARIZER_BACKWARD: &str = "RegularizerBackward";
 
@@ -39,6 +40,13 @@ struct RegularizerArgs<C> {
     grad: *const C,
     sum: *mut C,
     beta: C,
+}
+
+#[repr(C)]
+struct ReconstructionArgs<C> {
+    tensors: Tensors<3>,
+    factor: C,
+    relu: u64,
 }
 
 /// What the ops over weights are called with, beside their tensors.
@@ -96,12 +104,19 @@ fn regularizer_backward_kernel<C>(stored: Stored) -> Kernel {
     skeleton::map_kernel::<RegularizerArgs<C>>(FILE, REGULARIZER_BACKWARD, stored)
 }
 
+fn reconstruction_kernel<C>(stored: Stored) -> Kernel {
+    skeleton::map_kernel::<ReconstructionArgs<C>>(FILE, RECONSTRUCTION_GRADIENT, stored)
+}
+
 /// The kernels of this file.
 pub fn kernels() -> Vec<Kernel> {
     fn of<C>(stored: Stored) -> Vec<Kernel> {
         let over_weights = [FORWARD, BACKWARD, STEP]
             .map(|operation| skeleton::map_kernel::<AdaroundArgs<C>>(FILE, operation, stored));
-        let mut kernels = vec![regularizer_backward_kernel::<C>(stored)];
+        let mut kernels = vec![
+            reconstruction_kernel::<C>(stored),
+            regularizer_backward_kernel::<C>(stored),
+        ];
         kernels.extend(over_weights);
         kernels.extend(regularizer_kernels::<C>(stored).all());
         kernels
@@ -221,6 +236,29 @@ pub unsafe fn regularizer_backward<C: Compute>(
         beta: C::from_f64(beta),
     };
     let kernel = regularizer_backward_kernel::<C>(stored);
+    // SAFETY: by the contract.
+    unsafe { skeleton::elementwise(launcher, &kernel, args, &all_alike(n)?, stored) }
+}
+
+/// The gradient of `factor / 2 * |f(output) - f(target)|^2` with respect to `output`, in its place; `f` is ReLU or
+/// nothing.
+///
+/// # Safety
+/// Both are device memory of `n` elements of dtype `stored`.
+pub unsafe fn reconstruction_gradient<C: Compute>(
+    launcher: &Launcher<'_>,
+    stored: Stored,
+    n: i64,
+    (factor, relu): (f64, bool),
+    output: *mut c_void,
+    target: *const c_void,
+) -> Result<(), Failure> {
+    let args = ReconstructionArgs {
+        tensors: Tensors::new([output, target.cast_mut(), output]),
+        factor: C::from_f64(factor),
+        relu: u64::from(relu),
+    };
+    let kernel = reconstruction_kernel::<C>(stored);
     // SAFETY: by the contract.
     unsafe { skeleton::elementwise(launcher, &kernel, args, &all_alike(n)?, stored) }
 }

@@ -334,6 +334,22 @@ entry_points! {
         })
     }
 
+    /// `rimet_reconstruction_gradient` on a CUDA device, all samples in order.
+    fn rimet_cuda_reconstruction_gradient(
+        launcher,
+        output: *mut c_void,
+        target: *const c_void,
+        dtype: i32,
+        n: i64,
+        factor: f64,
+        relu: i32,
+    ) {
+        let (stored, settings) = (stored(dtype)?, (factor, relu != 0));
+        for_compute!(stored.is_double(), C => {
+            adaround::reconstruction_gradient::<C>(launcher, stored, n, settings, output, target)
+        })
+    }
+
     /// `rimet_row_sums` on a CUDA device.
     fn rimet_cuda_row_sums(
         launcher,

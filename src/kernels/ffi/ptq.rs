@@ -1,6 +1,6 @@
 //! The kernels of the PTQ techniques: AdaRound's rounding and step, Sequential MSE's errors.
 
-use super::{status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
+use super::{integers, status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
 use crate::encoding::BlockGeometry;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::adaround::{self, StepSettings, StepTensors};
@@ -242,6 +242,44 @@ pub unsafe extern "C" fn rimet_adaround_step(
     status(|| unsafe {
         let (affine, input, step) = (&*affine, &*input, &*step);
         for_types!(input.dtype, affine.double_compute, run(affine, input, step))
+    })
+}
+
+/// The gradient of `factor / 2 * |f(output) - f(target)|^2` with respect to `output`, in its place: `n` samples of
+/// `len` elements, each with its number among the target's; `f` is ReLU if `relu`, else nothing.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_reconstruction_gradient(
+    output: *mut c_void,
+    target: *const c_void,
+    dtype: i32,
+    samples: *const i64,
+    n: i64,
+    len: i64,
+    factor: f64,
+    relu: i32,
+) -> i32 {
+    unsafe fn run<T: Element<C>, C: Compute>(
+        (output, target): (*mut c_void, *const c_void),
+        samples: &[i64],
+        len: usize,
+        factor: f64,
+        relu: bool,
+    ) -> Result<()> {
+        let (output, target) = (output.cast::<T>(), target.cast::<T>());
+        // SAFETY: by the contract of the caller.
+        unsafe {
+            adaround::reconstruction_gradient::<T, C>(output, target, samples, len, factor, relu)
+        };
+        Ok(())
+    }
+    let tensors = (output, target);
+    // SAFETY: by the contract.
+    status(|| unsafe {
+        let (samples, len) = (integers(samples, n), len.max(0) as usize);
+        for_types!(dtype, 0, run(tensors, samples, len, factor, relu != 0))
     })
 }
 

@@ -168,6 +168,36 @@ def test_fused_step_is_torchs_adam(name: str, reg_param: float, device: str) -> 
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reconstruction_gradient_is_autograds(dtype: torch.dtype, relu: bool, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(7, 3, 70, 60, generator=generator).to(device, dtype)
+    output = torch.randn(5, 3, 70, 60, generator=generator).to(device, dtype)
+    output.view(-1)[::11] = 0.0  # ReLU's corner has gradient 0, as torch's
+    samples = torch.tensor([6, 0, 0, 3, 5], device=device)
+    f = torch.relu if relu else torch.clone
+    leaf = output.double().requires_grad_()
+    loss = 0.5 * 0.3 * (f(leaf) - f(target.double()[samples])).square().sum()
+    (expected,) = torch.autograd.grad(loss, leaf)
+    # Half precision rounds the result once.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 8e-3)
+    other_layout = target.to(memory_format=torch.channels_last)
+    for t, chosen in ((target, samples), (other_layout, samples), (target[samples], None)):
+        got = output.clone()
+        OPS.reconstruction_gradient_(got, t, chosen, factor=0.3, relu=relu)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_reconstruction_gradient_of_nothing_and_of_nan(device: str) -> None:
+    empty = torch.empty(0, 4, device=device)
+    OPS.reconstruction_gradient_(empty, empty, None, factor=1.0, relu=True)
+    output = torch.tensor([[float("nan"), 1.0, -1.0]], device=device)
+    target = torch.tensor([[1.0, float("nan"), float("nan")]], device=device)
+    OPS.reconstruction_gradient_(output, target, None, factor=1.0, relu=True)
+    assert output.isnan().tolist() == [[True, True, False]]
+
+
 def _step(t: dict[str, Any], call: Any = None) -> list[Tensor]:
     state = [t["alpha"].clone(), torch.zeros_like(t["x"]), torch.zeros_like(t["x"])]
     output = torch.empty_like(t["x"])
@@ -232,6 +262,10 @@ def test_devices_without_kernels_compute_the_same(name: str) -> None:
         a = composite(OPS.adaround_quantize_dequantize)(*arguments, soft, t["block"])
         b = OPS.adaround_quantize_dequantize(*arguments, soft, t["block"])
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    a, b = t["grad"].contiguous().clone(), t["grad"].contiguous().clone()
+    composite(OPS.reconstruction_gradient_)(a, t["x"], None, factor=0.3, relu=True)
+    OPS.reconstruction_gradient_(b, t["x"], None, factor=0.3, relu=True)
+    assert torch.equal(a, b)
     a = composite(OPS.adaround_regularizer)(t["alpha"], 6.0)
     torch.testing.assert_close(a, OPS.adaround_regularizer(t["alpha"], 6.0), rtol=1e-5, atol=0)
 
@@ -248,6 +282,12 @@ def test_opcheck(device: str) -> None:
         (*state, t["grad"], t["x"], t["scale"], t["offset"], QMIN, QMAX, None),
         {"step": 1, "learning_rate": 0.01, "reg_param": 0.0, "beta": 2.0},
         # It is no function of its inputs to be traced through autograd, but an optimizer's step.
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    opcheck(
+        OPS.reconstruction_gradient_.default,
+        (torch.randn(2, 5, device=device), torch.randn(2, 5, device=device), None),
+        {"factor": 1.0, "relu": True},
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -279,6 +319,28 @@ def test_opcheck(device: str) -> None:
             ),
             ValueError,
             ["step", "0"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(x, x[:3], None, factor=1.0, relu=True),
+            ValueError,
+            ["[3, 4]", "[4, 4]"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(x.t(), x, None, factor=1.0, relu=True),
+            ValueError,
+            ["contiguous"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(
+                x, x.clone(), torch.tensor([0, 1, 2, 4]), factor=1.0, relu=True
+            ),
+            IndexError,
+            ["samples", "below 4"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(x, x.double(), None, factor=1.0, relu=True),
+            TypeError,
+            ["Double"],
         ),
     ],
 )  # fmt: skip

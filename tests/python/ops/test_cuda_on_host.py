@@ -315,6 +315,20 @@ def test_adaround_is_the_cpus(
             assert same(got, expected)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reconstruction_gradient_is_the_cpus(dtype: torch.dtype, relu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, output = (torch.randn(n, 7, 601, generator=generator).to(dtype) for n in (4, 3))
+    output[0, 0, : len(HOSTILE)] = torch.tensor(HOSTILE).to(dtype)
+    for samples in (torch.tensor([3, 1, 1]), None):
+        t = target if samples is not None else target[:3]
+        got, expected = output.clone(), output.clone()
+        CUDA_OPS.reconstruction_gradient_(got, t, samples, factor=0.3, relu=relu)
+        OPS.reconstruction_gradient_(expected, t, samples, factor=0.3, relu=relu)
+        assert same(got, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 5, 40_001, 300_000])
 def test_adaround_regularizer(n: int, dtype: torch.dtype) -> None:
@@ -486,7 +500,8 @@ def optimize(activation):
 
 cpu = [optimize(activation) for activation in (None, ("relu", [], None))]
 library = torch.library.Library("rimet", "IMPL")
-for name in ("adaround_quantize_dequantize", "adaround_step_", "adaround_regularizer", "reconstruction_error"):
+names = ("adaround_quantize_dequantize", "adaround_step_", "adaround_regularizer", "reconstruction_error")
+for name in (*names, "reconstruction_gradient_"):
     op = getattr(ops, name).default
     library.impl(name, lambda *args, op=op, **kwargs: op._op_dk(key, *args, **kwargs), "CPU")
 driver = ctypes.CDLL(os.environ["RIMET_LIBCUDA"]) if "libcuda_host" in os.environ["RIMET_LIBCUDA"] else None
