@@ -237,8 +237,8 @@ pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Chooses the rounding of a layer's weight.
 ///
 /// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: six
-/// times the weight, 32 samples of input and output, with [`Method::Gram`] three Gram matrices, and for a
-/// convolution with few output places at most 64 MB of rows.
+/// times the weight (seven times for a convolution with few output places), 32 samples of input and output,
+/// and with [`Method::Gram`] three Gram matrices.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -475,18 +475,14 @@ impl Layer<'_> {
         Ok(sum / rows.max(1) as f64)
     }
 
-    /// Rows and target rows of all samples, where a step takes no more of them than there are output
-    /// channels. A convolution reorders the weights to a layout of its own, and their gradient back, at
-    /// every step; with so few rows that costs more than the convolution itself.
+    /// Rows and target rows of all samples, where they take no more memory than the weight: no more rows
+    /// than output channels. A convolution reorders the weights to a layout of its own, and their gradient
+    /// back, at every step; with so few rows that costs more than the convolution itself.
     fn rows_of_samples(&self, batches: &[BatchShape]) -> Result<Option<Vec<(Tensor, Tensor)>>> {
         let map = self.problem.map;
         let matrix = map.matrix(self.weight)?.size();
-        let (out, columns) = (matrix[1], matrix[2]);
-        let samples: usize = batches.iter().map(|b| b.samples).sum();
         let rows: i64 = batches.iter().map(|b| b.rows).sum();
-        let of_step = rows * BATCH_SIZE.min(samples) as i64 / samples as i64;
-        let is_convolution = *map != LinearMap::Linear && map.groups() == 1;
-        if !is_convolution || of_step > out || rows * columns > MAX_ROWS {
+        if *map == LinearMap::Linear || map.groups() != 1 || rows > matrix[1] {
             return Ok(None);
         }
         let of_batch = |batch: usize| {
@@ -644,9 +640,6 @@ struct Run {
     begin: i64,
     len: i64,
 }
-
-/// Elements of rows that are held for all steps: 64 MB of float32.
-const MAX_ROWS: i64 = 1 << 24;
 
 impl Run {
     fn drawn_target(&self) -> Result<Tensor> {

@@ -166,7 +166,7 @@ def test_the_activation_function_is_part_of_the_loss(activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "prelu", "silu"])
-def test_steps_of_few_rows_are_computed_as_a_linear_layers(activation: str) -> None:
+def test_a_convolution_of_few_places_is_computed_as_a_linear_layer(activation: str) -> None:
     # 8 rows for 8 output channels; a convolution over 150 places for 6 is one in the test above.
     layer, x, noisy = quantized("conv2d with few places", "per-channel", symmetric=False)
     assert check(layer, 2 * x, 2 * noisy, activation)["method"] == "minibatch"
