@@ -138,10 +138,12 @@ void register_min_max_cuda(torch::Library&);
 void register_min_max_composite(torch::Library&);
 void register_min_max_meta(torch::Library&);
 void register_adaround_cpu(torch::Library&);
+void register_adaround_cuda(torch::Library&);
 void register_adaround_composite(torch::Library&);
 void register_adaround_meta(torch::Library&);
 void register_adaround_autograd(torch::Library&);
 void register_seq_mse_cpu(torch::Library&);
+void register_seq_mse_cuda(torch::Library&);
 void register_seq_mse_composite(torch::Library&);
 void register_seq_mse_meta(torch::Library&);
 
