@@ -86,6 +86,8 @@ RimetView view_of(const Tensor& tensor);
 Tensor dense(const Tensor& tensor);
 // `like`'s layout exactly.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like);
+// at::empty_like, for results that are as large as what a kernel reads.
+Tensor result_like(const Tensor& like);
 
 // The input split into blocks ([.., groups, block, groups, block, ..]) and the encodings shaped to
 // broadcast against it; for the implementations in tensor ops.
