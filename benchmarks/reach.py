@@ -419,10 +419,10 @@ Why zero parameters matter: in a new DeBERTa the hidden states of the tokens tha
 tokens, so that what the first LayerNorm sees of them is nothing but the rounding of one quantizer (the residual addition in front of it), which it divides by the square root of its epsilon. With zeros, DeBERTa has
 50.3 dB at W16A16 with that single quantizer on and all others off; the tokens that the mask does not hide have 92 dB.
 
-Why EfficientNetV2-S with random weights stays below 60: no quantizer is to blame, there are 576 of them in a row. Each of a sample of 60 alone gives at least 77.7 dB.
+Why EfficientNetV2-S with random weights stays below 60: no quantizer is to blame, there are 576 of them. Each of a sample of 60 alone gives at least 77.7 dB.
 Kind by kind, all others off: weights of convolutions 60.5, their outputs 66.8, SiLU 68.9, additions 69.6, multiplications 72.3, the input 77.9, all else above 84; these noise powers add
 up to 58.5 dB, and all together give 57.3. The network amplifies noise: white noise at 96 dB on its input leaves 89 dB at its output. AIMET 2.42 gets 54.2 dB on the same folded model and
-input (13.9 at W8A8, -53.3 at W4A4), rimet with AIMET's placement (`quantize_functional_ops=False`) 59.4. The same architecture after 60 steps of training is under "trained weights".
+input (14.0 at W8A8, -53.3 at W4A4), rimet with AIMET's placement (`quantize_functional_ops=False`) 59.4. The same architecture after 60 steps of training is under "trained weights".
 
 **Left in floating point**, with the reason: {letters}. `sim.report` says it for each operation.
 """
