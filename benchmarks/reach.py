@@ -88,6 +88,8 @@ def settle(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
 class Runner:
     """Calls models on the example input; where ``observe`` names modules, gives what these return
     beside the result.
+
+    Each call starts from the same seed: ViLT picks patches at random in evaluation mode too.
     """
 
     def __init__(self, sample: Any, observe: tuple[str, ...]) -> None:
@@ -97,6 +99,7 @@ class Runner:
     def __call__(self, model: nn.Module) -> Any:
         """The result of a model."""
         args, kwargs = bind_inputs(model, self.sample)
+        torch.manual_seed(0)
         return model(*args, **kwargs)
 
     def observed(self, model: nn.Module) -> Any:
@@ -121,14 +124,19 @@ class Runner:
         options: dict[str, Any] = {"check_trace": False, "strict": False}
         options |= {"example_kwarg_inputs": kwargs} if kwargs else {"example_inputs": args}
         buffer = io.BytesIO()
+        torch.manual_seed(0)
         torch.jit.save(torch.jit.trace(model, **options), buffer)
         buffer.seek(0)
-        return torch.jit.load(buffer)(*args, **kwargs)
+        loaded = torch.jit.load(buffer)
+        torch.manual_seed(0)
+        return loaded(*args, **kwargs)
 
     def exported(self, model: nn.Module) -> Any:
         """The result of a model that was exported."""
         args, kwargs = bind_inputs(model, self.sample)
-        return torch.export.export(model, args, kwargs).module()(*args, **kwargs)
+        exported = torch.export.export(model, args, kwargs).module()
+        torch.manual_seed(0)
+        return exported(*args, **kwargs)
 
 
 def sqnr(expected: Any, got: Any) -> float:

@@ -132,10 +132,10 @@ def _torchvision() -> Iterator[Entry]:
     yield detection("ssd300_vgg16", "head")
     yield detection("ssdlite320_mobilenet_v3_large", "head")
 
-    def video(name: str, size: int, frames: int, **options: Any) -> Entry:
+    def video(name: str, size: int, frames: int) -> Entry:
         def make() -> Sample:
             clip = torch.randn(1, 3, frames, size, size)
-            return getattr(tv.video, name)(weights=None, **options), clip
+            return getattr(tv.video, name)(weights=None), clip
 
         return Entry(name, "torchvision: video", make)
 
@@ -143,8 +143,8 @@ def _torchvision() -> Iterator[Entry]:
     yield video("mc3_18", 32, 4)
     yield video("r2plus1d_18", 32, 4)
     yield video("s3d", 224, 16)
-    yield video("mvit_v1_b", 64, 8, spatial_size=(64, 64), temporal_size=8)
-    yield video("mvit_v2_s", 64, 8, spatial_size=(64, 64), temporal_size=8)
+    yield video("mvit_v1_b", 224, 16)
+    yield video("mvit_v2_s", 224, 16)
     yield video("swin3d_t", 64, 4)
 
     def flow(name: str) -> Entry:

@@ -73,8 +73,6 @@ class FunctionalOp(BaseQuantizationMixin, nn.Module):
         super().__init__()
         self.function = function
         self.in_place = in_place
-        #: Calibration never came here, so there is no range: the function is called as it is.
-        self.unreached = False
 
     @classmethod
     def wrap(cls, module_cls: type[nn.Module]) -> type[Any]:
@@ -92,8 +90,6 @@ class FunctionalOp(BaseQuantizationMixin, nn.Module):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """``func(*args, **kwargs)`` on quantized tensors, its results quantized."""
-        if self.unreached:
-            return func(*args, **kwargs)
         if self.in_place and "out" not in kwargs:
             return self._run_in_place(func, args, kwargs)
         args, kwargs = self._quantize_inputs(args, kwargs)

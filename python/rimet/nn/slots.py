@@ -78,8 +78,8 @@ def values_of_bins(quantizer: Quantize, bins: Tensor) -> Tensor:
     """What a quantizer that yields grid indices stands for in a quantized module: the values on the
     grid.
     """
-    if quantizer._calibrating:
-        return bins  # they are the values that were observed
+    if quantizer._calibrating or quantizer._has_nothing_to_do(bins):
+        return bins  # they are the values that came
     scale, offset = quantizer.get_scale(), quantizer.get_offset()
     assert scale is not None and offset is not None  # else it had raised
     return dequantize(bins, scale, offset, quantizer.block_size)

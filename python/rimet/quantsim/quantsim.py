@@ -24,7 +24,7 @@ from rimet.common.quant_utils import get_conv_accum_bounds
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
-from rimet.nn.functional_ops import FunctionalOp, restore
+from rimet.nn.functional_ops import restore
 from rimet.nn.generic import is_generic
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
@@ -442,6 +442,9 @@ class QuantizationSimModel:
         representative inputs while the quantizers of activations observe without quantizing.
         Evaluation mode and ``no_grad`` are on meanwhile; each module gets its own mode back.
 
+        Quantizers that saw no data (an expert without tokens, a mask head without detections) do
+        nothing until they have a range; one warning and :attr:`report` name their modules.
+
         Args:
             forward_pass_callback: called as ``callback(model)``, or ``callback(model, args)`` if
                 args are given.
@@ -481,9 +484,6 @@ class QuantizationSimModel:
             for module in self.qmodules()
             if any(q is not None for q in (*module.input_quantizers, *module.output_quantizers))
         ]
-        functional = [(p, m) for p, m in self.named_qmodules() if isinstance(m, FunctionalOp)]
-        for _, op in functional:
-            op.unreached = False
         try:
             with evaluating(self.model), observing(self.model):
                 yield
@@ -495,13 +495,13 @@ class QuantizationSimModel:
                 "compute_encodings: the callback did not run the model, so no quantizer of an "
                 "activation saw data"
             )
-        for path, op in functional:
-            quantizers = (*op.input_quantizers, *op.output_quantizers)
-            op.unreached = any(q is not None and not q.is_initialized() for q in quantizers)
-            if op.unreached:
-                logger.warning(
-                    "%s saw no data in calibration: it stays in floating point until it does", path
-                )
+        self.report.unreached = [
+            path
+            for path, module in self.named_qmodules()
+            if any([q._end_calibration() for q in module._activation_quantizers()])
+        ]
+        if self.report.unreached:
+            logger.warning("%s", self.report.unreached_warning())
 
     # Encodings files
 
@@ -788,15 +788,10 @@ class QuantizationSimModel:
             return torch.jit.trace(self.model, args, check_trace=False, strict=False)
 
     def _check_calibrated(self) -> None:
-        unreached = tuple(
-            f"{path}."
-            for path, module in self.named_qmodules()
-            if isinstance(module, FunctionalOp) and module.unreached
-        )
         empty = [
             path
             for path, quantizer in self.named_quantizers()
-            if not quantizer.is_initialized() and not path.startswith(unreached)
+            if not quantizer.is_initialized() and not quantizer._is_idle()
         ]
         if empty:
             shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")

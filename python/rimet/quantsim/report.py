@@ -42,6 +42,9 @@ class SimulationReport:
     reused: list[str] = field(default_factory=list)
     """Modules without parameters that run several times and have no quantizers, since one range
     would serve different tensors."""
+    unreached: list[str] = field(default_factory=list)
+    """Modules and functional operations with quantizers that the last ``compute_encodings`` left
+    without range, since no data came there: their inputs and outputs stay in floating point."""
 
     @classmethod
     def _of(
@@ -98,6 +101,14 @@ class SimulationReport:
                 "one range would serve different tensors"
             )
 
+    def unreached_warning(self) -> str:
+        """What to do about :attr:`unreached`."""
+        return (
+            f"{len(self.unreached)} modules saw no data in calibration, so their inputs and "
+            f"outputs stay in floating point: {', '.join(self.unreached)}. Run compute_encodings "
+            "on data that reaches them too, or load encodings for them"
+        )
+
     def __str__(self) -> str:
         counts = self.num_quantizers
         lines = [
@@ -113,6 +124,7 @@ class SimulationReport:
             ),
             ("did not run themselves, parameters not quantized", self.bypassed),
             ("reused without parameters, not quantized", self.reused),
+            ("saw no data in calibration, in floating point until they do", self.unreached),
         )
         for title, entries in sections:
             if entries:

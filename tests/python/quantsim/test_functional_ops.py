@@ -259,27 +259,6 @@ def test_another_path_passes_unquantized_with_one_warning(
     assert torch.equal(first, F.gelu(tanh(torch.tanh(-x))))
 
 
-def test_operations_that_calibration_never_reaches_stay_in_floating_point(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    class Rest(nn.Module):
-        """As behind non-maximum suppression, there may be nothing left to compute on."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(x)[x > 1].exp()
-
-    x = torch.tensor([0.5, 1.5])
-    sim = QuantizationSimModel(Rest(), x)
-    with caplog.at_level("WARNING", logger="rimet"):
-        sim.compute_encodings(lambda m: m(-x))
-    assert [r.args for r in caplog.records] == [("functional.exp_0",)]
-    tanh = sim.model.functional.tanh_0.output_quantizers[0]
-    assert torch.equal(sim.model(x), tanh(torch.tanh(x))[1:].exp())
-    sim.compute_encodings(lambda m: m(x))
-    assert not sim.model.functional.exp_0.unreached
-    assert sim.model.functional.exp_0.output_quantizers[0].is_initialized()
-
-
 # Containers and collisions
 
 

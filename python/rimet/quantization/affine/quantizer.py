@@ -356,13 +356,18 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
         # From a value to itself: the value stays, the gradient is multiplied.
         return torch.lerp(low.detach(), low, factor), torch.lerp(high.detach(), high, factor)
 
+    def _has_nothing_to_do(self, input: torch.Tensor) -> bool:
+        """Whether ``input`` is the result without a range: calibration never came here, or there
+        are no values (a detector that found nothing, neither now nor in calibration).
+        """
+        return self._is_idle() or not input.numel() and not self.is_initialized()
+
     def _forward_tensor(self, input: torch.Tensor) -> torch.Tensor:
         if self._calibrating:
             input = _as_plain(input)
             self._observe(input)
             return input
-        if not self._ready and not input.numel() and not self.is_initialized():
-            # Nothing was detected, neither now nor in calibration.
+        if not self._ready and self._has_nothing_to_do(input):
             return _as_plain(input)
         low, high = self._range()
         if isinstance(input, QuantizedTensorBase):
@@ -379,7 +384,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
 
         :param input: floating-point tensor of a shape that the encoding shape (and block size) fits
         :return: a tensor of the same shape and dtype that knows its encoding; a plain tensor under
-            ``torch.jit``, ``torch.compile`` and ``torch.export``
+            ``torch.jit``, ``torch.compile`` and ``torch.export``; ``input`` if the calibration of
+            the simulation that the quantizer is in never came here
         :raises RuntimeError: no range has been set yet, or the shape does not fit
         :raises TypeError: not a floating-point tensor
         """
@@ -390,6 +396,8 @@ class AffineQuantizerBase(QuantizerBase, AffineGrid):
             input = _as_plain(input)
             low, high = self._dynamic_range(input, self._observe(input))
         else:
+            if not self._ready and self._is_idle():
+                return input
             low, high = self._range()
             if isinstance(input, QuantizedTensorBase):
                 input = input.as_subclass(torch.Tensor)
@@ -656,6 +664,8 @@ class QuantizeDequantize(AffineQuantizerBase):
 
     def _overwrite(self, input: torch.Tensor) -> torch.Tensor:
         """The quantizer's values, written into the plain tensor they are of."""
+        if not self._ready and self._has_nothing_to_do(input):
+            return input
         low, high = self._range()
         _ops.quantize_dequantize_range_(
             input,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizerBase"]
 
+_get_tracing_state = torch._C._get_tracing_state
+
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(
@@ -55,12 +57,16 @@ class QuantizerBase(ABC, nn.Module):
     _calibrating: bool
     # Whether a call gives its input back while calibrating.
     _pass_through: bool
+    # True once calibration of a whole model ended without data for this quantizer: until it has a
+    # range, a call gives its input back.
+    _unreached: bool
 
     def __init__(self) -> None:
         super().__init__()
         self._ready = False
         self._calibrating = False
         self._pass_through = False
+        self._unreached = False
         self._initial_values: dict[str, torch.Tensor | None] = {}
         self._is_overwrite_allowed: dict[str, bool] = {}
 
@@ -188,7 +194,24 @@ class QuantizerBase(ABC, nn.Module):
             param is not None and _is_opaque(param) for param in self._parameters.values()
         ):
             self._ready = True
+            self._unreached = False
         return initialized
+
+    def _is_idle(self) -> bool:
+        """Whether a call gives its input back because calibration never came here."""
+        if self._ready or not self._unreached:
+            return False
+        if torch.compiler.is_compiling() or _get_tracing_state() is not None:
+            return True  # a look at the values is impossible, or would be recorded
+        return any(map(_is_opaque, self.parameters())) or not self.is_initialized()
+
+    def _end_calibration(self) -> bool:
+        """Take note that the calibration of a whole model has ended.
+
+        :return: whether it brought no data here, so that there is no range
+        """
+        self._unreached = not self.is_initialized()
+        return self._unreached
 
     def _is_parameter_initialized(self, name: str, param: torch.Tensor) -> bool:
         if name not in self._initial_values:
@@ -285,18 +308,22 @@ class QuantizerBase(ABC, nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """Per parameter, whether it is initialized."""
-        return {
+        """Per parameter, whether it is initialized; ``unreached`` if calibration never came here."""
+        state = {
             name: torch.tensor(self._ready or self._is_parameter_initialized(name, param))
             for name, param in self._parameters.items()
             if param is not None
         }
+        if self._unreached and not self.is_initialized():
+            state["unreached"] = torch.tensor(True)
+        return state
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Undo the initialization of every parameter that ``state`` marks as uninitialized."""
         for name, param in self._parameters.items():
             if param is not None and name in state and not bool(state[name]):
                 self._forget_parameter(name)
+        self._unreached = bool(state.get("unreached", False))
         self._ready = False
 
     def _load_from_state_dict(
@@ -317,6 +344,10 @@ class QuantizerBase(ABC, nn.Module):
         if extra_key in missing_keys:
             missing_keys.remove(extra_key)
         self._ready = False
+        if extra_key not in state_dict and any(
+            f"{prefix}{name}" in state_dict for name in self._parameters
+        ):
+            self._unreached = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made while the original is calibrating does not calibrate.
