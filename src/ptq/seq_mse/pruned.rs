@@ -18,6 +18,9 @@ use tch::{Device, Kind, Tensor};
 
 /// Bounds are float32 sums: a candidate is left out only if its bound is larger by this share than the least error.
 const MARGIN: f64 = 1e-3;
+/// The sketch and products with it are float32 sums: what is lost of a product, as a share of the lengths of its factors.
+/// Matters where a change is almost at a right angle to all inputs, as when these are close to one another.
+const ROUNDING: f64 = 2e-5;
 /// Input rows that the directions of the sketch are found on.
 const SAMPLE: i64 = 256;
 /// Samples they come from, at least.
@@ -362,11 +365,22 @@ impl<'a> OneBlock<'a> {
             Device::Cpu if is_float => self.projected_in_one_pass(sketch)?,
             _ => self.projected_one_by_one(sketch)?,
         };
+        let length = sketch
+            .directions
+            .f_square()?
+            .f_sum(Kind::Double)?
+            .f_sqrt()?;
+        let of_target = match &sketch.target {
+            Some(target) => row_dot(target, target)?.f_sqrt()?,
+            None => self.zeros(&[self.search.layout.out])?,
+        };
         for (part, square) in projected {
-            let estimate = &part + square * sketch.rest;
+            let lost = (square.f_sqrt()? * &length + &of_target) * ROUNDING;
+            let lower = (part.f_sqrt()? - lost).f_clamp_min(0.0)?.f_square()? * (1.0 - MARGIN);
+            let estimate = part + square * sketch.rest;
             bounds
                 .lower
-                .push(self.per_encoding(&(part * (1.0 - MARGIN)), &sketch.signal)?);
+                .push(self.per_encoding(&lower, &sketch.signal)?);
             bounds
                 .estimates
                 .push(self.per_encoding(&estimate, &sketch.signal)?);

@@ -178,6 +178,22 @@ def test_candidates_that_are_not_computed_could_not_win(seed: int) -> None:
             check_layer(layer, x[:rows], xq, inp_symmetry=inp_symmetry)
 
 
+@pytest.mark.parametrize("inp_symmetry", ["symqt", "asym"])
+def test_inputs_that_are_all_alike(inp_symmetry: str) -> None:
+    """A channel's loss is the square of one dot product, which is almost zero for a good candidate: bounds
+    lose digits there.
+    """
+    layer, x, xq = quantized("linear, square", "per-channel")
+    x, xq = (torch.rand(1, 256).expand(x.shape) + 1e-6 * t for t in (x, xq))
+    with torch.no_grad():
+        losses = direct_losses(layer, x, xq, inp_symmetry)
+    result = search(layer, [x], [xq], inp_symmetry=inp_symmetry)
+    chosen = losses.gather(0, (result["candidate"] - 1)[None])[0]
+    # What float32 makes of a dot product of 256 terms: 1e-7 of the lengths, squared over all rows.
+    rounding = 64 * (1e-7 * x[0].norm() * layer.weight.detach().norm(dim=1, keepdim=True)) ** 2
+    assert bool((chosen <= 1.001 * losses.min(0).values + rounding).all())
+
+
 def test_inputs_that_are_not_finite_choose_as_all_candidates_do() -> None:
     layer, x, _ = quantized("linear", "per-channel")
     x[0, 0] = torch.nan
