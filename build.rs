@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "schemas.cpp",
     "adaround.cpp",
     "affine.cpp",
@@ -12,6 +12,7 @@ const SOURCES: [&str; 11] = [
     "cuda.cpp",
     "float.cpp",
     "grouped_block.cpp",
+    "memory.cpp",
     "min_max.cpp",
     "rust_api.cpp",
     "seq_mse.cpp",

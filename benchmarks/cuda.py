@@ -102,6 +102,70 @@ def aimet(
     return Remote("AIMET", "qdq", parameters)
 
 
+def of_floats(
+    name: str, shape: Sequence[int], block: int, fields: tuple[int, int, bool], dtype: torch.dtype
+) -> list[Work]:
+    """Forward and backward of a floating-point format, scales for blocks of the last axis."""
+    encoding, blocks = (*shape[:-1], shape[-1] // block), [1] * (len(shape) - 1) + [block]
+    plain = (*fields, False, blocks)
+
+    def forward(x: Tensor) -> Callable[[], object]:
+        scale = torch.full(encoding, 0.03, device=x.device)
+        return lambda: ops.float_quantize_dequantize(x, scale, *plain)
+
+    def backward(x: Tensor) -> Callable[[], object]:
+        scale, grad = torch.full(encoding, 0.03, device=x.device), torch.randn_like(x)
+        mask = [True] * 2
+        return lambda: ops.float_quantize_dequantize_backward(grad, x, scale, *plain, mask)
+
+    return [
+        work(f"forward, {name}", shape, dtype, passes=2, build=forward),
+        work(f"backward, {name}", shape, dtype, passes=3, build=backward),
+    ]
+
+
+def of_techniques(weight: Sequence[int], dtype: torch.dtype) -> list[Work]:
+    """AdaRound over a 4-bit weight with a scale for each channel, and Sequential MSE's errors."""
+    grid = (-8, 7)
+
+    def encodings(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.full((weight[0], 1), 0.4, device=x.device)
+        return scale, torch.zeros_like(scale)
+
+    def soft_rounding(x: Tensor) -> Callable[[], object]:
+        alpha, (scale, offset) = torch.randn_like(x), encodings(x)
+        return lambda: ops.adaround_quantize_dequantize(x, alpha, scale, offset, *grid)
+
+    def regularizer(x: Tensor) -> Callable[[], object]:
+        return lambda: ops.adaround_regularizer(x, 8.0)
+
+    def step(x: Tensor) -> Callable[[], object]:
+        state, (scale, offset) = [torch.zeros_like(x) for _ in range(4)], encodings(x)
+        grad, settings = (
+            torch.randn_like(x),
+            {"learning_rate": 1e-3, "reg_param": 0.01, "beta": 8.0},
+        )
+        return lambda: ops.adaround_step_(
+            *state, grad, x, scale, offset, *grid, None, step=1, **settings
+        )
+
+    def output_gradient(x: Tensor) -> Callable[[], object]:
+        target = torch.randn_like(x)
+        return lambda: ops.reconstruction_gradient_(x, target, None, factor=0.1, relu=True)
+
+    def error(x: Tensor) -> Callable[[], object]:
+        target = torch.randn_like(x)
+        return lambda: ops.reconstruction_error(x, target)
+
+    return [
+        work("AdaRound, soft rounding", weight, dtype, passes=3, build=soft_rounding),
+        work("AdaRound, regularizer", weight, dtype, passes=1, build=regularizer),
+        work("AdaRound, step", weight, dtype, passes=9, build=step),
+        work("AdaRound, gradient of the output", weight, dtype, passes=3, build=output_gradient),
+        work("Sequential MSE, error of rows", weight, dtype, passes=2, build=error),
+    ]
+
+
 def of_granularity(
     name: str,
     shape: Sequence[int],
@@ -148,7 +212,9 @@ def works(small: bool) -> list[Work]:
         found += of_granularity("blocks of 64", matrix, blocks, [1, 64], dtype)
         channels = (activation[1], 1, 1)
         found += of_granularity("per-channel of activations", activation, channels, None, dtype)
-    return found
+        found += of_floats("fp8 e4m3, per-channel", matrix, matrix[1], (4, 3, True), dtype)
+        found += of_floats("fp4 e2m1, blocks of 32", matrix, 32, (2, 1, True), dtype)
+    return found + of_techniques(matrix, torch.float32)
 
 
 def main() -> int:

@@ -246,8 +246,9 @@ def load() -> float:
 
 
 #: glibc hands large blocks back to the system when they are freed, so that every result of some
-#: 20 MB is paged in anew: thousands of page faults, more than the kernel takes. A program that has
-#: run for a while reuses its memory, and so do all contestants here.
+#: 20 MB is paged in anew: thousands of page faults, more than the kernel takes. All contestants
+#: reuse their memory here, so that what is compared is kernels; ``--fresh-memory`` leaves malloc as
+#: it comes.
 KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 40),

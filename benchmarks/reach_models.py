@@ -499,7 +499,7 @@ def _efficientnet_lite0() -> Sample:
 
 
 def _trained() -> Iterator[Entry]:
-    for name in ("resnet18", "mobilenet_v3_small"):
+    for name in ("resnet18", "mobilenet_v3_small", "efficientnet_v2_s"):
         yield Entry(
             f"{name}, digits",
             "trained weights",

@@ -57,13 +57,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: as torch decides")
     parser.add_argument("--largest", type=float, default=1e7, help="end of the growth curve")
     parser.add_argument("--no-aimet", action="store_true", help="leave AIMET out")
+    parser.add_argument(
+        "--fresh-memory",
+        action="store_true",
+        help="malloc as it comes: large results are paged in anew on each call",
+    )
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/...)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if arguments is None:
+    if arguments is None and not options.fresh_memory:
         keep_memory()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -37,12 +37,12 @@ void check_beta(const char* op, double beta) {
                     ": beta: expected a number of at least 1, got ", beta);
 }
 
-// ---- CPU ----------------------------------------------------------------------------------------
+// ---- kernels: a device's are functions of the engine's arguments, which are the same on all
+// -------
 
-Tensor quantize_dequantize_cpu(const Tensor& input, const Tensor& alpha, const Tensor& scale,
-                               const Tensor& offset, int64_t qmin, int64_t qmax, bool soft_rounding,
-                               Block block) {
-  const auto args = grid_args("adaround_quantize_dequantize", qmin, qmax, block);
+template <class Kernel>
+Tensor run_forward(const AffineArgs& args, const Tensor& input, const Tensor& alpha,
+                   const Tensor& scale, const Tensor& offset, bool soft, Kernel&& kernel) {
   check_like(args.name, "alpha", alpha, input);
   const Encodings encodings(args, input, scale, offset);
   const Tensor x = dense(input);
@@ -50,17 +50,14 @@ Tensor quantize_dequantize_cpu(const Tensor& input, const Tensor& alpha, const T
   Tensor output = at::empty_like(x);
   const auto affine = engine_args(args, x, encodings);
   const auto view = view_of(x);
-  check_status(
-      rimet_adaround_forward(&affine, &view, a.const_data_ptr(), soft_rounding, output.data_ptr()),
-      args.name);
+  kernel(&affine, &view, a.const_data_ptr(), soft, output.data_ptr());
   return output;
 }
 
-Tensor quantize_dequantize_backward_cpu(const Tensor& grad, const Tensor& input,
-                                        const Tensor& alpha, const Tensor& scale,
-                                        const Tensor& offset, int64_t qmin, int64_t qmax,
-                                        Block block) {
-  const auto args = grid_args("adaround_quantize_dequantize_backward", qmin, qmax, block);
+template <class Kernel>
+Tensor run_backward(const AffineArgs& args, const Tensor& grad, const Tensor& input,
+                    const Tensor& alpha, const Tensor& scale, const Tensor& offset,
+                    Kernel&& kernel) {
   check_like(args.name, "alpha", alpha, input);
   const Encodings encodings(args, input, scale, offset);
   const Tensor x = dense(input);
@@ -69,14 +66,110 @@ Tensor quantize_dequantize_backward_cpu(const Tensor& grad, const Tensor& input,
   Tensor grad_alpha = at::empty_like(x);
   const auto affine = engine_args(args, x, encodings);
   const auto view = view_of(x);
-  check_status(rimet_adaround_backward(&affine, &view, a.const_data_ptr(), g.const_data_ptr(),
-                                       grad_alpha.data_ptr()),
-               args.name);
+  kernel(&affine, &view, a.const_data_ptr(), g.const_data_ptr(), grad_alpha.data_ptr());
   return grad_alpha;
+}
+
+// What a step changes, and by how much.
+struct StepArgs {
+  Tensor &alpha, &exp_avg, &exp_avg_sq, &output;
+  int64_t step;
+  double learning_rate, reg_param, beta;
+
+  void check(const Tensor& grad, const Tensor& input) const {
+    const char* op = "adaround_step_";
+    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"alpha", &alpha},
+                                       {"exp_avg", &exp_avg},
+                                       {"exp_avg_sq", &exp_avg_sq},
+                                       {"output", &output},
+                                       {"grad", &grad}}) {
+      check_like(op, name, *tensor, input);
+    }
+    TORCH_CHECK_VALUE(step >= 1, "rimet::", op, ": step: expected 1 or more, got ", step);
+    check_beta(op, beta);
+  }
+};
+
+template <class Kernel>
+void run_step(const AffineArgs& args, const StepArgs& s, const Tensor& grad, const Tensor& input,
+              const Tensor& scale, const Tensor& offset, Kernel&& kernel) {
+  s.check(grad, input);
+  for (const Tensor* tensor : {&s.alpha, &s.exp_avg, &s.exp_avg_sq, &s.output}) {
+    TORCH_CHECK_VALUE(input.is_non_overlapping_and_dense() && tensor->strides() == input.strides(),
+                      "rimet::adaround_step_: expected dense tensors of one layout, got strides ",
+                      input.strides(), " and ", tensor->strides());
+  }
+  const Encodings encodings(args, input, scale, offset);
+  const Tensor g = laid_out_as(grad, input);
+  const RimetAdaroundStep arguments{
+      s.alpha.data_ptr(),  s.exp_avg.data_ptr(), s.exp_avg_sq.data_ptr(),
+      s.output.data_ptr(), g.const_data_ptr(),   s.step,
+      s.learning_rate,     s.reg_param,          s.beta};
+  const auto affine = engine_args(args, input, encodings);
+  const auto view = view_of(input);
+  kernel(&affine, &view, &arguments);
 }
 
 at::ScalarType sum_type(const Tensor& alpha) {
   return alpha.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// An output, and the target that each of its samples is compared with: all of them in order, or
+// those that are named.
+struct ReconstructionArgs {
+  const Tensor &output, &target;
+  const std::optional<Tensor>& samples;
+  double factor;
+  bool relu;
+
+  void check() const {
+    const char* op = "rimet::reconstruction_gradient_";
+    TORCH_CHECK_VALUE(
+        output.dim() >= 1 && output.is_contiguous(), op,
+        ": output: expected a contiguous tensor with a dimension for samples, got sizes ",
+        output.sizes(), " and strides ", output.strides());
+    TORCH_CHECK_TYPE(target.scalar_type() == output.scalar_type(), op,
+                     ": target: expected the dtype of output ", output.scalar_type(), ", got ",
+                     target.scalar_type());
+    auto expected = target.sizes().vec();
+    if (samples.has_value()) {
+      TORCH_CHECK_TYPE(samples->scalar_type() == at::kLong && samples->dim() == 1, op,
+                       ": samples: expected one dimension of int64, got ", samples->sizes(), " of ",
+                       samples->scalar_type());
+      if (!expected.empty()) {
+        expected[0] = samples->size(0);
+      }
+    }
+    TORCH_CHECK_VALUE(output.sizes() == expected, op,
+                      ": output: expected the target's samples, shape ", at::IntArrayRef(expected),
+                      ", got ", output.sizes());
+  }
+
+  int64_t len() const { return output.size(0) == 0 ? 0 : output.numel() / output.size(0); }
+  Tensor of_samples() const {
+    return samples.has_value() ? target.index_select(0, *samples) : target;
+  }
+};
+
+// ---- CPU ----------------------------------------------------------------------------------------
+
+Tensor quantize_dequantize_cpu(const Tensor& input, const Tensor& alpha, const Tensor& scale,
+                               const Tensor& offset, int64_t qmin, int64_t qmax, bool soft_rounding,
+                               Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize", qmin, qmax, block);
+  return run_forward(args, input, alpha, scale, offset, soft_rounding, [&](auto... arguments) {
+    check_status(rimet_adaround_forward(arguments...), args.name);
+  });
+}
+
+Tensor quantize_dequantize_backward_cpu(const Tensor& grad, const Tensor& input,
+                                        const Tensor& alpha, const Tensor& scale,
+                                        const Tensor& offset, int64_t qmin, int64_t qmax,
+                                        Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize_backward", qmin, qmax, block);
+  return run_backward(args, grad, input, alpha, scale, offset, [&](auto... arguments) {
+    check_status(rimet_adaround_backward(arguments...), args.name);
+  });
 }
 
 Tensor regularizer_cpu(const Tensor& alpha, double beta) {
@@ -99,40 +192,35 @@ Tensor regularizer_backward_cpu(const Tensor& grad, const Tensor& alpha, double 
   return grad_alpha;
 }
 
-void check_step(const Tensor& alpha, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                const Tensor& output, const Tensor& grad, const Tensor& input, int64_t step,
-                double beta) {
-  const char* op = "adaround_step_";
-  for (const auto& [name, tensor] : {std::pair{"alpha", &alpha},
-                                     {"exp_avg", &exp_avg},
-                                     {"exp_avg_sq", &exp_avg_sq},
-                                     {"output", &output},
-                                     {"grad", &grad}}) {
-    check_like(op, name, *tensor, input);
-  }
-  TORCH_CHECK_VALUE(step >= 1, "rimet::", op, ": step: expected 1 or more, got ", step);
-  check_beta(op, beta);
-}
-
 void step_cpu(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& output,
               const Tensor& grad, const Tensor& input, const Tensor& scale, const Tensor& offset,
               int64_t qmin, int64_t qmax, Block block, int64_t step, double learning_rate,
               double reg_param, double beta) {
   const auto args = grid_args("adaround_step_", qmin, qmax, block);
-  check_step(alpha, exp_avg, exp_avg_sq, output, grad, input, step, beta);
-  for (const Tensor* tensor : {&alpha, &exp_avg, &exp_avg_sq, &output}) {
-    TORCH_CHECK_VALUE(input.is_non_overlapping_and_dense() && tensor->strides() == input.strides(),
-                      "rimet::adaround_step_: expected dense tensors of one layout, got strides ",
-                      input.strides(), " and ", tensor->strides());
+  const StepArgs s{alpha, exp_avg, exp_avg_sq, output, step, learning_rate, reg_param, beta};
+  run_step(args, s, grad, input, scale, offset,
+           [&](auto... arguments) { check_status(rimet_adaround_step(arguments...), args.name); });
+}
+
+void reconstruction_gradient_cpu(Tensor& output, const Tensor& target,
+                                 const std::optional<Tensor>& samples, double factor, bool relu) {
+  const ReconstructionArgs args{output, target, samples, factor, relu};
+  args.check();
+  const bool in_place = target.is_contiguous();
+  const Tensor t = in_place ? target : args.of_samples().contiguous();
+  const Tensor numbers = in_place && samples.has_value()
+                             ? samples->contiguous()
+                             : at::arange(output.size(0), at::TensorOptions(at::kLong));
+  const int64_t* data = numbers.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < t.size(0),
+                      "rimet::reconstruction_gradient_: samples: expected numbers below ",
+                      t.size(0), ", got ", data[i]);
   }
-  const Encodings encodings(args, input, scale, offset);
-  const Tensor g = laid_out_as(grad, input);
-  const RimetAdaroundStep arguments{alpha.data_ptr(),  exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-                                    output.data_ptr(), g.const_data_ptr(), step,
-                                    learning_rate,     reg_param,          beta};
-  const auto affine = engine_args(args, input, encodings);
-  const auto view = view_of(input);
-  check_status(rimet_adaround_step(&affine, &view, &arguments), args.name);
+  check_status(rimet_reconstruction_gradient(output.data_ptr(), t.const_data_ptr(),
+                                             static_cast<int32_t>(t.scalar_type()), data,
+                                             numbers.numel(), args.len(), factor, relu),
+               "reconstruction_gradient_");
 }
 
 // ---- tensor ops ---------------------------------------------------------------------------------
@@ -213,7 +301,8 @@ void step_composite(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& 
                     const Tensor& grad, const Tensor& input, const Tensor& scale,
                     const Tensor& offset, int64_t qmin, int64_t qmax, Block block, int64_t step,
                     double learning_rate, double reg_param, double beta) {
-  check_step(alpha, exp_avg, exp_avg_sq, output, grad, input, step, beta);
+  StepArgs{alpha, exp_avg, exp_avg_sq, output, step, learning_rate, reg_param, beta}.check(grad,
+                                                                                           input);
   Tensor g =
       quantize_dequantize_backward_composite(grad, input, alpha, scale, offset, qmin, qmax, block);
   if (reg_param != 0.0) {
@@ -228,6 +317,122 @@ void step_composite(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& 
   alpha.addcdiv_(exp_avg, scaled, -learning_rate / (1 - std::pow(kBeta1, step)));
   output.copy_(quantize_dequantize_composite(input, alpha, scale, offset, qmin, qmax,
                                              /*soft_rounding=*/true, block));
+}
+
+void reconstruction_gradient_composite(Tensor& output, const Tensor& target,
+                                       const std::optional<Tensor>& samples, double factor,
+                                       bool relu) {
+  const ReconstructionArgs args{output, target, samples, factor, relu};
+  args.check();
+  const auto type = sum_type(output);
+  const Tensor y = output.to(type);
+  const Tensor t = args.of_samples().to(type);
+  const Tensor gradient = (y - (relu ? at::relu(t) : t)) * factor;
+  output.copy_(relu ? at::where(y <= 0, at::zeros({}, y.options()), gradient) : gradient);
+}
+
+// ---- CUDA: kernels, and tensor ops where there are none
+// -------------------------------------------
+
+// float64 arithmetic over other dtypes (grids beyond 24 bits): too rare for kernels of its own.
+bool has_kernel(const AffineArgs& args, const Tensor& input) {
+  const auto type = input.scalar_type();
+  return type == at::kDouble || args.compute_type(type) != at::kDouble;
+}
+
+Tensor quantize_dequantize_cuda(const Tensor& input, const Tensor& alpha, const Tensor& scale,
+                                const Tensor& offset, int64_t qmin, int64_t qmax,
+                                bool soft_rounding, Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize", qmin, qmax, block);
+  CudaCall call(input);
+  bool ran = false;
+  Tensor output;
+  if (has_kernel(args, input)) {
+    output = run_forward(args, input, alpha, scale, offset, soft_rounding, [&](auto... arguments) {
+      ran = call.ran(rimet_cuda_adaround_forward(call.device(), arguments...), args.name);
+    });
+  }
+  return ran ? output
+             : quantize_dequantize_composite(input, alpha, scale, offset, qmin, qmax, soft_rounding,
+                                             block);
+}
+
+Tensor quantize_dequantize_backward_cuda(const Tensor& grad, const Tensor& input,
+                                         const Tensor& alpha, const Tensor& scale,
+                                         const Tensor& offset, int64_t qmin, int64_t qmax,
+                                         Block block) {
+  const auto args = grid_args("adaround_quantize_dequantize_backward", qmin, qmax, block);
+  CudaCall call(input);
+  bool ran = false;
+  Tensor grad_alpha;
+  if (has_kernel(args, input)) {
+    grad_alpha = run_backward(args, grad, input, alpha, scale, offset, [&](auto... arguments) {
+      ran = call.ran(rimet_cuda_adaround_backward(call.device(), arguments...), args.name);
+    });
+  }
+  return ran ? grad_alpha
+             : quantize_dequantize_backward_composite(grad, input, alpha, scale, offset, qmin, qmax,
+                                                      block);
+}
+
+Tensor regularizer_cuda(const Tensor& alpha, double beta) {
+  check_beta("adaround_regularizer", beta);
+  CudaCall call(alpha);
+  const Tensor a = dense(alpha);
+  Tensor result = at::empty({}, a.options().dtype(sum_type(a)));
+  const bool ran = call.ran(rimet_cuda_adaround_regularizer(call.device(), a.const_data_ptr(),
+                                                            static_cast<int32_t>(a.scalar_type()),
+                                                            a.numel(), beta, result.data_ptr()),
+                            "adaround_regularizer");
+  return ran ? result : regularizer_composite(alpha, beta);
+}
+
+Tensor regularizer_backward_cuda(const Tensor& grad, const Tensor& alpha, double beta) {
+  CudaCall call(alpha);
+  const Tensor a = dense(alpha);
+  const Tensor g = grad.to(sum_type(a));
+  Tensor grad_alpha = at::empty_like(a);
+  const bool ran =
+      call.ran(rimet_cuda_adaround_regularizer_backward(
+                   call.device(), a.const_data_ptr(), static_cast<int32_t>(a.scalar_type()),
+                   a.numel(), beta, g.const_data_ptr(), grad_alpha.data_ptr()),
+               "adaround_regularizer_backward");
+  return ran ? grad_alpha : regularizer_backward_composite(grad, alpha, beta);
+}
+
+void step_cuda(Tensor& alpha, Tensor& exp_avg, Tensor& exp_avg_sq, Tensor& output,
+               const Tensor& grad, const Tensor& input, const Tensor& scale, const Tensor& offset,
+               int64_t qmin, int64_t qmax, Block block, int64_t step, double learning_rate,
+               double reg_param, double beta) {
+  const auto args = grid_args("adaround_step_", qmin, qmax, block);
+  const StepArgs s{alpha, exp_avg, exp_avg_sq, output, step, learning_rate, reg_param, beta};
+  CudaCall call(input);
+  bool ran = false;
+  if (has_kernel(args, input)) {
+    run_step(args, s, grad, input, scale, offset, [&](auto... arguments) {
+      ran = call.ran(rimet_cuda_adaround_step(call.device(), arguments...), args.name);
+    });
+  }
+  if (!ran) {
+    step_composite(alpha, exp_avg, exp_avg_sq, output, grad, input, scale, offset, qmin, qmax,
+                   block, step, learning_rate, reg_param, beta);
+  }
+}
+
+void reconstruction_gradient_cuda(Tensor& output, const Tensor& target,
+                                  const std::optional<Tensor>& samples, double factor, bool relu) {
+  const ReconstructionArgs args{output, target, samples, factor, relu};
+  args.check();
+  CudaCall call(output);
+  const Tensor t = args.of_samples().contiguous();
+  const bool ran =
+      call.ran(rimet_cuda_reconstruction_gradient(
+                   call.device(), output.data_ptr(), t.const_data_ptr(),
+                   static_cast<int32_t>(t.scalar_type()), output.numel(), factor, relu),
+               "reconstruction_gradient_");
+  if (!ran) {
+    reconstruction_gradient_composite(output, target, samples, factor, relu);
+  }
 }
 
 // ---- Meta ---------------------------------------------------------------------------------------
@@ -254,6 +459,9 @@ Tensor regularizer_backward_meta(const Tensor&, const Tensor& alpha, double) {
 
 void step_meta(Tensor&, Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
                const Tensor&, int64_t, int64_t, Block, int64_t, double, double, double) {}
+
+void reconstruction_gradient_meta(Tensor&, const Tensor&, const std::optional<Tensor>&, double,
+                                  bool) {}
 
 // ---- autograd -----------------------------------------------------------------------------------
 
@@ -352,29 +560,21 @@ Tensor regularizer_autograd(const Tensor& alpha, double beta) {
 
 }  // namespace
 
-void register_adaround_cpu(torch::Library& m) {
-  m.impl("adaround_quantize_dequantize", quantize_dequantize_cpu);
-  m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_cpu);
-  m.impl("adaround_regularizer", regularizer_cpu);
-  m.impl("adaround_regularizer_backward", regularizer_backward_cpu);
-  m.impl("adaround_step_", step_cpu);
-}
-
-void register_adaround_composite(torch::Library& m) {
-  m.impl("adaround_quantize_dequantize", quantize_dequantize_composite);
-  m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_composite);
-  m.impl("adaround_regularizer", regularizer_composite);
-  m.impl("adaround_regularizer_backward", regularizer_backward_composite);
-  m.impl("adaround_step_", step_composite);
-}
-
-void register_adaround_meta(torch::Library& m) {
-  m.impl("adaround_quantize_dequantize", quantize_dequantize_meta);
-  m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_meta);
-  m.impl("adaround_regularizer", regularizer_meta);
-  m.impl("adaround_regularizer_backward", regularizer_backward_meta);
-  m.impl("adaround_step_", step_meta);
-}
+// The functions of one kind of device.
+#define RIMET_REGISTER_ADAROUND(device)                                                     \
+  void register_adaround_##device(torch::Library& m) {                                      \
+    m.impl("adaround_quantize_dequantize", quantize_dequantize_##device);                   \
+    m.impl("adaround_quantize_dequantize_backward", quantize_dequantize_backward_##device); \
+    m.impl("adaround_regularizer", regularizer_##device);                                   \
+    m.impl("adaround_regularizer_backward", regularizer_backward_##device);                 \
+    m.impl("adaround_step_", step_##device);                                                \
+    m.impl("reconstruction_gradient_", reconstruction_gradient_##device);                   \
+  }
+RIMET_REGISTER_ADAROUND(cpu)
+RIMET_REGISTER_ADAROUND(cuda)
+RIMET_REGISTER_ADAROUND(composite)
+RIMET_REGISTER_ADAROUND(meta)
+#undef RIMET_REGISTER_ADAROUND
 
 void register_adaround_autograd(torch::Library& m) {
   m.impl("adaround_quantize_dequantize", quantize_dequantize_autograd);

@@ -110,7 +110,7 @@ static Tensor run_forward(const AffineArgs& args, const Tensor& input, const Ten
                           const Tensor& second, Kernel&& kernel) {
   const Encodings encodings(args, input, first, second);
   const Tensor x = dense(input);
-  Tensor output = at::empty_like(x);
+  Tensor output = result_like(x);
   const auto affine = engine_args(args, x, encodings);
   const auto view = view_of(x);
   kernel(&affine, &view, output.data_ptr());
@@ -123,7 +123,7 @@ static Grads run_backward(const AffineArgs& args, const Tensor& grad, const Tens
   const Encodings encodings(args, input, first, second);
   const Tensor x = dense(input);
   const Tensor g = laid_out_as(grad, x);
-  Tensor grad_input = mask[0] ? at::empty_like(x) : Tensor();
+  Tensor grad_input = mask[0] ? result_like(x) : Tensor();
   Tensor grad_first = mask[1] ? at::empty_like(encodings.first) : Tensor();
   Tensor grad_second = mask[2] ? at::empty_like(encodings.second) : Tensor();
   const auto data = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };

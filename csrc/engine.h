@@ -97,6 +97,12 @@ int32_t rimet_adaround_regularizer_backward(const void* alpha, int32_t dtype, in
                                             double beta, double grad, void* grad_alpha);
 int32_t rimet_adaround_step(const RimetAffine*, const RimetView* input, const RimetAdaroundStep*);
 
+// In place of a contiguous output of n samples with len elements each: factor * (f(output) -
+// f(target)) * f'(output), f being ReLU or nothing; samples: their numbers among the target's.
+int32_t rimet_reconstruction_gradient(void* output, const void* target, int32_t dtype,
+                                      const int64_t* samples, int64_t n, int64_t len, double factor,
+                                      int32_t relu);
+
 // Sums along the rows of contiguous arrays: kind 0 (a - b)^2, 1 |a - b|, 2 a * b; b may be null.
 int32_t rimet_row_sums(int32_t kind, const void* a, const void* b, int32_t dtype, int64_t rows,
                        int64_t columns, double* sums);
@@ -129,6 +135,23 @@ int32_t rimet_cuda_float_forward(const RimetDevice*, const RimetFloat*, const Ri
                                  void* output);
 int32_t rimet_cuda_float_backward(const RimetDevice*, const RimetFloat*, const RimetView* input,
                                   const void* grad, void* grad_input, void* grad_scale);
+int32_t rimet_cuda_adaround_forward(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                    const void* alpha, int32_t soft, void* output);
+int32_t rimet_cuda_adaround_backward(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                     const void* alpha, const void* grad, void* grad_alpha);
+int32_t rimet_cuda_adaround_step(const RimetDevice*, const RimetAffine*, const RimetView* input,
+                                 const RimetAdaroundStep*);
+// result and grad: one element of float32 (float64 for float64 tensors), on the device too.
+int32_t rimet_cuda_adaround_regularizer(const RimetDevice*, const void* alpha, int32_t dtype,
+                                        int64_t n, double beta, void* result);
+int32_t rimet_cuda_adaround_regularizer_backward(const RimetDevice*, const void* alpha,
+                                                 int32_t dtype, int64_t n, double beta,
+                                                 const void* grad, void* grad_alpha);
+// Sample by sample: n elements of both.
+int32_t rimet_cuda_reconstruction_gradient(const RimetDevice*, void* output, const void* target,
+                                           int32_t dtype, int64_t n, double factor, int32_t relu);
+int32_t rimet_cuda_row_sums(const RimetDevice*, int32_t kind, const void* a, const void* b,
+                            int32_t dtype, int64_t rows, int64_t columns, double* sums);
 
 // schemas.cpp: see there.
 const char* rimet_register_ops();

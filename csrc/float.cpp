@@ -76,7 +76,7 @@ Tensor run_forward(const FloatArgs& args, const Tensor& input, const Tensor& sca
                    Kernel&& kernel) {
   const Tensor s = checked_scale(args, input, scale);
   const Tensor x = dense(input);
-  Tensor output = at::empty_like(x);
+  Tensor output = result_like(x);
   const auto engine = args.engine_args(s.scalar_type(), s.sizes(), s.const_data_ptr());
   const auto view = view_of(x);
   kernel(&engine, &view, output.data_ptr());
@@ -89,7 +89,7 @@ Pair run_backward(const FloatArgs& args, const Tensor& grad, const Tensor& input
   const Tensor s = checked_scale(args, input, scale);
   const Tensor x = dense(input);
   const Tensor g = laid_out_as(grad, x);
-  Tensor grad_input = mask[0] ? at::empty_like(x) : Tensor();
+  Tensor grad_input = mask[0] ? result_like(x) : Tensor();
   Tensor grad_scale = mask[1] ? at::empty_like(s) : Tensor();
   const auto engine = args.engine_args(s.scalar_type(), s.sizes(), s.const_data_ptr());
   const auto view = view_of(x);

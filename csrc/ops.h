@@ -86,6 +86,8 @@ RimetView view_of(const Tensor& tensor);
 Tensor dense(const Tensor& tensor);
 // `like`'s layout exactly.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like);
+// at::empty_like, for results that are as large as what a kernel reads.
+Tensor result_like(const Tensor& like);
 
 // The input split into blocks ([.., groups, block, groups, block, ..]) and the encodings shaped to
 // broadcast against it; for the implementations in tensor ops.
@@ -138,10 +140,12 @@ void register_min_max_cuda(torch::Library&);
 void register_min_max_composite(torch::Library&);
 void register_min_max_meta(torch::Library&);
 void register_adaround_cpu(torch::Library&);
+void register_adaround_cuda(torch::Library&);
 void register_adaround_composite(torch::Library&);
 void register_adaround_meta(torch::Library&);
 void register_adaround_autograd(torch::Library&);
 void register_seq_mse_cpu(torch::Library&);
+void register_seq_mse_cuda(torch::Library&);
 void register_seq_mse_composite(torch::Library&);
 void register_seq_mse_meta(torch::Library&);
 

@@ -138,6 +138,17 @@ int32_t rimet_op_adaround_step(const RimetAffine* a, Tensor* const* tensors, int
   });
 }
 
+// samples may be null.
+int32_t rimet_op_reconstruction_gradient(Tensor* output, const Tensor* target,
+                                         const Tensor* samples, double factor, int32_t relu) {
+  return guarded([&] {
+    using Signature = void(Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool);
+    call<Signature>("rimet::reconstruction_gradient_", *output, *target,
+                    samples != nullptr ? std::optional<Tensor>(*samples) : std::nullopt, factor,
+                    relu != 0);
+  });
+}
+
 // The weight's gradient of a convolution alone; every list has dims entries.
 int32_t rimet_op_convolution_weight_gradient(const Tensor* grad, const Tensor* input,
                                              const Tensor* weight, const int64_t* stride,

@@ -71,6 +71,9 @@ const char* const kSchemas[] = {
     " Tensor grad, Tensor input, Tensor scale, Tensor offset, int qmin, int qmax, int[]? "
     "block_size,"
     " *, int step, float learning_rate, float reg_param, float beta) -> ()",
+    // The gradient of the reconstruction loss with respect to a layer's output, in its place.
+    "reconstruction_gradient_(Tensor(a!) output, Tensor target, Tensor? samples, *, float factor,"
+    " bool relu) -> ()",
     // Sequential MSE: sums along the last dimension, float32 terms in float64.
     "reconstruction_error(Tensor output, Tensor? target=None, str loss='mse') -> Tensor",
     "row_dot(Tensor a, Tensor b) -> Tensor",
@@ -104,6 +107,8 @@ void register_all() {
   register_affine_cuda(cuda);
   register_float_cuda(cuda);
   register_min_max_cuda(cuda);
+  register_adaround_cuda(cuda);
+  register_seq_mse_cuda(cuda);
 
   // Devices without kernels of their own take plain tensor ops.
   auto& composite = library(torch::Library::IMPL, c10::DispatchKey::CompositeExplicitAutograd);
@@ -133,7 +138,8 @@ void register_all() {
         "quantize_dequantize_range_backward", "range_to_scale_offset_backward",
         "float_quantize_backward", "float_quantize_dequantize_backward",
         "grouped_block_scale_backward", "adaround_quantize_dequantize_backward",
-        "adaround_regularizer_backward", "adaround_step_", "reconstruction_error", "row_dot"}) {
+        "adaround_regularizer_backward", "adaround_step_", "reconstruction_gradient_",
+        "reconstruction_error", "row_dot"}) {
     autograd.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 

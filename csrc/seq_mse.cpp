@@ -23,16 +23,21 @@ void check_pair(const char* op, const Tensor& a, const Tensor& b) {
 
 at::IntArrayRef rows_of(const Tensor& a) { return a.sizes().slice(0, a.dim() - 1); }
 
-Tensor row_sums_cpu(const char* op, Kind kind, const Tensor& a, const Tensor* b) {
+// kernel: a device's, as a function of the engine's arguments.
+template <class Kernel>
+Tensor run_row_sums(const char* op, Kind kind, const Tensor& a, const Tensor* b, Kernel&& kernel) {
   check_pair(op, a, b != nullptr ? *b : a);
   const Tensor x = a.contiguous();
   const Tensor y = b != nullptr ? b->contiguous() : Tensor();
   Tensor sums = at::empty(rows_of(a), a.options().dtype(at::kDouble));
-  check_status(rimet_row_sums(kind, x.const_data_ptr(), b != nullptr ? y.const_data_ptr() : nullptr,
-                              static_cast<int32_t>(x.scalar_type()), sums.numel(), a.size(-1),
-                              sums.data_ptr<double>()),
-               op);
+  kernel(kind, x.const_data_ptr(), b != nullptr ? y.const_data_ptr() : nullptr,
+         static_cast<int32_t>(x.scalar_type()), sums.numel(), a.size(-1), sums.data_ptr<double>());
   return sums;
+}
+
+Tensor row_sums_cpu(const char* op, Kind kind, const Tensor& a, const Tensor* b) {
+  return run_row_sums(op, kind, a, b,
+                      [&](auto... arguments) { check_status(rimet_row_sums(arguments...), op); });
 }
 
 Tensor row_sums_composite(const char* op, Kind kind, const Tensor& a, const Tensor* b) {
@@ -45,6 +50,15 @@ Tensor row_sums_composite(const char* op, Kind kind, const Tensor& a, const Tens
     terms = kind == kSquared ? difference * difference : difference.abs();
   }
   return terms.sum(-1, /*keepdim=*/false, at::kDouble);
+}
+
+Tensor row_sums_cuda(const char* op, Kind kind, const Tensor& a, const Tensor* b) {
+  CudaCall call(a);
+  bool ran = false;
+  const Tensor sums = run_row_sums(op, kind, a, b, [&](auto... arguments) {
+    ran = call.ran(rimet_cuda_row_sums(call.device(), arguments...), op);
+  });
+  return ran ? sums : row_sums_composite(op, kind, a, b);
 }
 
 template <auto RowSums>
@@ -73,6 +87,7 @@ void register_all(torch::Library& m) {
 }  // namespace
 
 void register_seq_mse_cpu(torch::Library& m) { register_all<row_sums_cpu>(m); }
+void register_seq_mse_cuda(torch::Library& m) { register_all<row_sums_cuda>(m); }
 void register_seq_mse_composite(torch::Library& m) { register_all<row_sums_composite>(m); }
 void register_seq_mse_meta(torch::Library& m) { register_all<row_sums_meta>(m); }
 

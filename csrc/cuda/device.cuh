@@ -52,15 +52,53 @@ __device__ __forceinline__ C limit(C x, C low, C high) {
   return x > high ? high : x;
 }
 
-__device__ __forceinline__ float float_of_bits(u32 bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
+// The bits of a type that kernels compute in.
+template <class C>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using Type = u32;
+};
+template <>
+struct BitsOf<double> {
+  using Type = u64;
+};
+template <class C>
+using Bits = typename BitsOf<C>::Type;
+
+template <class C>
+__device__ __forceinline__ Bits<C> bits_of(C x) {
+  Bits<C> bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+template <class C>
+__device__ __forceinline__ C of_bits(Bits<C> bits) {
+  C x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+template <class C>
+__device__ __forceinline__ Bits<C> sign_bit() {
+  return Bits<C>(1) << (8 * sizeof(C) - 1);
+}
+
+template <class C>
+__device__ __forceinline__ C magnitude_of(C x) {
+  return of_bits<C>(bits_of(x) & ~sign_bit<C>());
+}
+
+// x, which is not negative, with the sign of y.
+template <class C>
+__device__ __forceinline__ C with_sign_of(C x, C y) {
+  return of_bits<C>(bits_of(x) | (bits_of(y) & sign_bit<C>()));
 }
 
 template <class C>
 __device__ __forceinline__ C infinity() {
-  return static_cast<C>(float_of_bits(0x7f800000u));
+  return static_cast<C>(of_bits<float>(0x7f800000u));
 }
 
 template <class C>
@@ -84,7 +122,7 @@ __device__ __forceinline__ C widen(f16 x) {
 }
 template <class C>
 __device__ __forceinline__ C widen(bf16 x) {
-  return static_cast<C>(float_of_bits(static_cast<u32>(x.bits) << 16));
+  return static_cast<C>(of_bits<float>(static_cast<u32>(x.bits) << 16));
 }
 
 template <class C>
@@ -102,8 +140,7 @@ __device__ __forceinline__ void narrow(f16& out, C x) {
 template <class C>
 __device__ __forceinline__ void narrow(bf16& out, C x) {
   const float value = static_cast<float>(x);
-  u32 bits;
-  memcpy(&bits, &value, sizeof(bits));
+  const u32 bits = bits_of(value);
   // Rounding could carry a NaN into infinity; torch's NaN is 0x7fc0.
   out.bits = static_cast<unsigned short>(
       is_nan(value) ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);

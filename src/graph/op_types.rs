@@ -4,6 +4,9 @@
 //! A class key is `nn.Conv2d` for classes of `torch.nn`, `custom.Add` for rimet's elementwise modules,
 //! `torchvision.RoIPool` for torchvision, and the qualified name for everything else.
 
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
 /// (class key, ONNX types with the usual one first, name in target configurations).
 type Row = (&'static str, &'static [&'static str], Option<&'static str>);
 
@@ -458,7 +461,9 @@ const TRANSPARENT_MODULES: &[&str] = &[
 ];
 
 fn row(class: &str) -> Option<&'static Row> {
-    TABLE.iter().find(|row| row.0 == class)
+    static BY_CLASS: LazyLock<HashMap<&str, &Row>> =
+        LazyLock::new(|| TABLE.iter().map(|row| (row.0, row)).collect());
+    BY_CLASS.get(class).copied()
 }
 
 /// Every class key with its ONNX types.

@@ -3,7 +3,7 @@
 //! Patterns are matched on the *flow* view: without nodes that only hand their input on, and with "the output
 //! of this node goes to exactly one place" as the condition for a chain to continue.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::{Graph, NodeId, Source, TensorId};
 
@@ -26,16 +26,22 @@ pub struct Flow<'g> {
     pub consumers: Vec<Vec<(NodeId, usize)>>,
     /// Nodes that are operations of their own, in order of execution.
     pub ops: Vec<NodeId>,
+    /// Operator type to its nodes, in order of execution. A pass over all nodes for each pattern would read
+    /// the whole graph again and again: that is what it costs, once the graph is larger than a cache.
+    of_type: HashMap<&'g str, Vec<NodeId>>,
 }
 
 impl<'g> Flow<'g> {
     pub fn new(graph: &'g Graph) -> Self {
+        let passthrough: Vec<bool> = (0..graph.nodes.len())
+            .map(|node| graph.is_passthrough(node))
+            .collect();
         let mut origin_of: Vec<Origin> = Vec::with_capacity(graph.tensors.len());
         for (id, tensor) in graph.tensors.iter().enumerate() {
             let origin = match &tensor.source {
                 // Tensors stand in the order in which they were made, so the input of a passthrough node
                 // has its origin already.
-                Source::Node(node, _) if graph.is_passthrough(*node) => graph.nodes[*node]
+                Source::Node(node, _) if passthrough[*node] => graph.nodes[*node]
                     .inputs
                     .iter()
                     .find_map(|input| input.tensor)
@@ -49,11 +55,13 @@ impl<'g> Flow<'g> {
         let mut origins = vec![Vec::new(); graph.nodes.len()];
         let mut consumers = vec![Vec::new(); graph.nodes.len()];
         let mut ops = Vec::new();
+        let mut of_type: HashMap<&str, Vec<NodeId>> = HashMap::new();
         for (id, node) in graph.nodes.iter().enumerate() {
-            if graph.is_passthrough(id) {
+            if passthrough[id] {
                 continue;
             }
             ops.push(id);
+            of_type.entry(&node.op_type).or_default().push(id);
             for (index, input) in node.inputs.iter().enumerate() {
                 let origin = input.tensor.map_or(Origin::Root(None), |t| origin_of[t]);
                 if let Origin::Node(producer, _) = origin {
@@ -67,7 +75,16 @@ impl<'g> Flow<'g> {
             origins,
             consumers,
             ops,
+            of_type,
         }
+    }
+
+    /// Nodes of the operator types that `wanted` picks, in order of execution.
+    pub fn ops_of_types(&self, wanted: impl Fn(&str) -> bool) -> Vec<NodeId> {
+        let chosen = self.of_type.iter().filter(|(op_type, _)| wanted(op_type));
+        let mut nodes: Vec<NodeId> = chosen.flat_map(|(_, nodes)| nodes).copied().collect();
+        nodes.sort_unstable();
+        nodes
     }
 
     pub fn op_type(&self, id: NodeId) -> &str {
@@ -94,11 +111,7 @@ impl<'g> Flow<'g> {
         let mut taken = HashSet::new();
         let mut found = Vec::new();
         for pattern in sorted {
-            for &op in self
-                .ops
-                .iter()
-                .filter(|&&op| self.op_type(op) == pattern[0])
-            {
+            for &op in self.of_type.get(pattern[0].as_str()).into_iter().flatten() {
                 if skip.contains(&op) || reject(op) {
                     continue;
                 }

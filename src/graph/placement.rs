@@ -8,6 +8,7 @@
 //! wants its inputs on the grid of its output.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 
 use super::config::{Config, Dtype, Format, Kernel, OpRule, ParamRule};
 use super::error::ConfigError;
@@ -41,6 +42,7 @@ pub type QuantizerId = usize;
 /// The quantizers of one module; `None` where there is none.
 #[derive(Debug, Clone)]
 pub struct ModulePlan {
+    pub module: ModuleId,
     pub path: String,
     pub inputs: Vec<Option<QuantizerId>>,
     pub outputs: Vec<Option<QuantizerId>>,
@@ -189,20 +191,69 @@ fn channel_shape(class: &str, param: &str, shape: &[i64]) -> Vec<i64> {
     encodings
 }
 
-/// Settings of a quantizer that one section may set once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Setting {
-    Enabled,
-    Symmetric,
-    Constraints,
+/// What a rule makes of a quantizer. One section may set each of the three once.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Change {
+    Enabled(bool),
+    Symmetric(bool),
+    Constraints((f64, Option<f64>)),
+}
+
+impl Change {
+    /// Number of the setting that it changes.
+    fn setting(self) -> usize {
+        match self {
+            Change::Enabled(_) => 0,
+            Change::Symmetric(_) => 1,
+            Change::Constraints(_) => 2,
+        }
+    }
+
+    fn apply(self, quantizer: &mut Quantizer) {
+        match self {
+            Change::Enabled(on) => quantizer.enabled = on,
+            Change::Symmetric(symmetric) => quantizer.symmetric = symmetric,
+            Change::Constraints(range) => quantizer.constraints = Some(range),
+        }
+    }
+}
+
+/// As in a configuration file.
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Enabled(on) => write!(f, "quantized: {on}"),
+            Change::Symmetric(symmetric) => write!(f, "is_symmetric: {symmetric}"),
+            Change::Constraints(range) => write!(f, "encoding_constraints: {range:?}"),
+        }
+    }
 }
 
 /// Quantizers of one module that a rule reaches together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy)]
 enum Group {
     Inputs(ModuleId),
     Outputs(ModuleId),
     FirstOutput(ModuleId),
+}
+
+impl Group {
+    /// The module, and which of its groups this is.
+    fn place(self) -> (ModuleId, usize) {
+        match self {
+            Group::Inputs(module) => (module, 0),
+            Group::Outputs(module) => (module, 1),
+            Group::FirstOutput(module) => (module, 2),
+        }
+    }
+
+    fn of(self, slots: &Slots) -> &[QuantizerId] {
+        match self {
+            Group::Inputs(_) => &slots.inputs,
+            Group::Outputs(_) => &slots.outputs,
+            Group::FirstOutput(_) => &slots.outputs[..slots.outputs.len().min(1)],
+        }
+    }
 }
 
 /// Quantizers that a rule for one operator reaches.
@@ -217,14 +268,16 @@ struct Reach {
     output_off: Vec<Group>,
 }
 
-/// What the rules of one section have set so far, each quantizer once.
-#[derive(Debug, Default)]
+/// What the rules of one section have set so far, each quantizer once. By number and not by hash: in a
+/// graph larger than a cache a look-up costs what it reads from memory.
+#[derive(Debug)]
 struct Done {
-    settings: HashMap<(QuantizerId, Setting), String>,
-    /// Groups whose quantizers all have this setting already.
-    groups: HashSet<(Group, Setting, String)>,
-    /// Producers around which all quantizers are symmetric, or are not, already.
-    around: HashSet<(NodeId, bool)>,
+    /// Per quantizer and setting.
+    changes: Vec<[Option<Change>; 3]>,
+    /// Per module and group: the change to each setting that all its quantizers have already.
+    groups: Vec<[[Option<Change>; 3]; 3]>,
+    /// Per node: all quantizers around it are asymmetric already, or symmetric.
+    around: Vec<[bool; 2]>,
 }
 
 #[derive(Debug, Default)]
@@ -238,8 +291,6 @@ struct Placement<'a> {
     flow: &'a Flow<'a>,
     config: &'a Config,
     quantizers: Vec<Quantizer>,
-    /// What each quantizer is, for error messages.
-    names: Vec<String>,
     /// Per module; empty slots for a module that gets no quantizers.
     slots: Vec<Slots>,
     supported_kernels: Vec<Vec<Kernel>>,
@@ -252,7 +303,6 @@ impl<'a> Placement<'a> {
             flow,
             config,
             quantizers: Vec::new(),
-            names: Vec::new(),
             slots: Vec::with_capacity(modules.len()),
             supported_kernels: vec![Vec::new(); modules.len()],
         };
@@ -279,38 +329,52 @@ impl<'a> Placement<'a> {
                         .unwrap_or(1)
                 });
                 let outputs = arity(&|n| nodes[n].outputs.len());
-                for i in 0..inputs {
-                    slots.inputs.push(
-                        this.add(format!("input {i} of {}", module.path), defaults.activation),
-                    );
-                }
-                for i in 0..outputs {
-                    slots.outputs.push(this.add(
-                        format!("output {i} of {}", module.path),
-                        defaults.activation,
-                    ));
-                }
-                for param in &module.params {
-                    slots
-                        .params
-                        .push(this.add(format!("{}.{}", module.path, param.name), defaults.param));
-                }
+                slots.inputs = this.add(inputs, defaults.activation);
+                slots.outputs = this.add(outputs, defaults.activation);
+                slots.params = this.add(module.params.len(), defaults.param);
             }
             this.slots.push(slots);
         }
         this
     }
 
-    fn add(&mut self, name: String, format: Format) -> QuantizerId {
-        self.quantizers.push(Quantizer {
+    fn add(&mut self, count: usize, format: Format) -> Vec<QuantizerId> {
+        let first = self.quantizers.len();
+        let quantizer = Quantizer {
             enabled: false,
             symmetric: false,
             format,
             shape: Vec::new(),
             constraints: None,
-        });
-        self.names.push(name);
-        self.quantizers.len() - 1
+        };
+        self.quantizers.resize(first + count, quantizer);
+        (first..first + count).collect()
+    }
+
+    /// What a quantizer is, for error messages.
+    fn name(&self, id: QuantizerId) -> String {
+        let modules = self.flow.graph.modules.iter().zip(&self.slots);
+        for (Module { path, params, .. }, slots) in modules {
+            let index = |ids: &[QuantizerId]| ids.iter().position(|&i| i == id);
+            if let Some(i) = index(&slots.inputs) {
+                return format!("input {i} of {path}");
+            }
+            if let Some(i) = index(&slots.outputs) {
+                return format!("output {i} of {path}");
+            }
+            if let Some(i) = index(&slots.params) {
+                return format!("{path}.{}", params[i].name);
+            }
+        }
+        format!("quantizer {id}")
+    }
+
+    fn nothing_done(&self) -> Done {
+        Done {
+            changes: vec![[None; 3]; self.quantizers.len()],
+            groups: vec![[[None; 3]; 3]; self.slots.len()],
+            around: vec![[false; 2]; self.flow.graph.nodes.len()],
+        }
     }
 
     /// The module of a node, if it gets quantizers.
@@ -325,17 +389,6 @@ impl<'a> Placement<'a> {
         (0..modules.len()).filter(|&m| modules[m].quantizable)
     }
 
-    fn ids(&self, group: Group) -> &[QuantizerId] {
-        match group {
-            Group::Inputs(module) => &self.slots[module].inputs,
-            Group::Outputs(module) => &self.slots[module].outputs,
-            Group::FirstOutput(module) => {
-                let outputs = &self.slots[module].outputs;
-                &outputs[..outputs.len().min(1)]
-            }
-        }
-    }
-
     /// Quantizers on both ends of the edges that leave `node`: its outputs, and its consumers' inputs.
     fn around_outputs(&self, node: NodeId) -> Vec<Group> {
         let own = self.quantized_module(node).map(Group::Outputs);
@@ -344,11 +397,9 @@ impl<'a> Placement<'a> {
 
     /// The input quantizers of the modules that `node` feeds.
     fn consumer_inputs(&self, node: NodeId) -> Vec<Group> {
-        let mut seen = HashSet::new();
         let consumers = self.flow.consumers[node].iter();
         consumers
             .filter_map(|&(consumer, _)| self.quantized_module(consumer))
-            .filter(|&module| seen.insert(module))
             .map(Group::Inputs)
             .collect()
     }
@@ -402,26 +453,18 @@ impl<'a> Placement<'a> {
         let graph = self.flow.graph;
         // In module form, what is a function still is one that is left in floating point on purpose; or it is a
         // scripted one, whose result can only be quantized where it is used.
-        let is_elementwise = |&node: &NodeId| {
-            let op_type = self.flow.op_type(node);
-            graph.nodes[node].module.is_none()
-                && if graph.in_module_form {
-                    op_types::is_scripted(op_type)
-                } else {
-                    op_types::is_elementwise_function(op_type)
-                }
-        };
-        self.flow
-            .ops
-            .iter()
-            .copied()
-            .filter(is_elementwise)
-            .collect()
+        let mut nodes = self.flow.ops_of_types(if graph.in_module_form {
+            op_types::is_scripted
+        } else {
+            op_types::is_elementwise_function
+        });
+        nodes.retain(|&node| graph.nodes[node].module.is_none());
+        nodes
     }
 
     fn apply_defaults(&mut self) -> Result<(), ConfigError> {
         let config = self.config;
-        let mut done = Done::default();
+        let mut done = self.nothing_done();
         for module in self.quantized_modules() {
             let reach = self.reach_of_module(module);
             self.apply_op_rule(&reach, &config.ops, &mut done)?;
@@ -476,7 +519,7 @@ impl<'a> Placement<'a> {
             is_output_quantized: Some(false),
             ..OpRule::default()
         };
-        let mut done = Done::default();
+        let mut done = self.nothing_done();
         for module in self.quantized_modules() {
             let class = self.flow.graph.modules[module].class.as_str();
             let mut apply: Vec<&OpRule> = Vec::new();
@@ -553,13 +596,7 @@ impl<'a> Placement<'a> {
         done: &mut Done,
     ) -> Result<(), ConfigError> {
         if rule.is_input_quantized == Some(true) {
-            self.set(
-                &reach.input_on,
-                Setting::Enabled,
-                "quantized: true",
-                done,
-                |q| q.enabled = true,
-            )?;
+            self.set(&reach.input_on, Change::Enabled(true), done)?;
         }
         if let Some(on) = rule.is_output_quantized {
             let groups = if on {
@@ -567,60 +604,53 @@ impl<'a> Placement<'a> {
             } else {
                 &reach.output_off
             };
-            let text = format!("quantized: {on}");
-            self.set(groups, Setting::Enabled, &text, done, |q| q.enabled = on)?;
+            self.set(groups, Change::Enabled(on), done)?;
         }
         if let Some(symmetric) = rule.is_symmetric {
-            let text = format!("is_symmetric: {symmetric}");
-            let set = |this: &mut Self, groups: &[Group], done: &mut Done| {
-                this.set(groups, Setting::Symmetric, &text, done, |q| {
-                    q.symmetric = symmetric
-                })
-            };
-            set(self, &reach.own_inputs, done)?;
+            let change = Change::Symmetric(symmetric);
+            self.set(&reach.own_inputs, change, done)?;
             for &producer in &reach.producers {
-                if done.around.insert((producer, symmetric)) {
-                    let groups = self.around_outputs(producer);
-                    set(self, &groups, done)?;
+                let around = &mut done.around[producer][usize::from(symmetric)];
+                if !std::mem::replace(around, true) {
+                    self.set(&self.around_outputs(producer), change, done)?;
                 }
             }
-            set(self, &reach.output_off, done)?;
+            self.set(&reach.output_off, change, done)?;
         }
         if let Some(range) = rule.constraints {
-            let text = format!("encoding_constraints: {range:?}");
-            self.set(&reach.output_on, Setting::Constraints, &text, done, |q| {
-                q.constraints = Some(range)
-            })?;
+            self.set(&reach.output_on, Change::Constraints(range), done)?;
         }
         Ok(())
     }
 
-    /// Changes the quantizers of `groups`; `text` says to what, and is what two rules are compared by.
+    /// Changes the quantizers of `groups`.
     fn set(
         &mut self,
         groups: &[Group],
-        setting: Setting,
-        text: &str,
+        change: Change,
         done: &mut Done,
-        change: impl Fn(&mut Quantizer),
     ) -> Result<(), ConfigError> {
+        let setting = change.setting();
         for &group in groups {
-            if !done.groups.insert((group, setting, text.to_owned())) {
+            let (module, which) = group.place();
+            let before = &mut done.groups[module][which][setting];
+            if before.replace(change) == Some(change) {
                 continue;
             }
-            for id in self.ids(group).to_vec() {
-                match done.settings.get(&(id, setting)) {
-                    Some(first) if first != text => {
+            let slots = &self.slots[module];
+            for &id in group.of(slots) {
+                match done.changes[id][setting] {
+                    Some(first) if first != change => {
                         return Err(ConfigError::Conflict {
-                            quantizer: self.names[id].clone(),
-                            first: first.clone(),
-                            second: text.to_owned(),
+                            quantizer: self.name(id),
+                            first: first.to_string(),
+                            second: change.to_string(),
                         });
                     }
                     Some(_) => {}
                     None => {
-                        change(&mut self.quantizers[id]);
-                        done.settings.insert((id, setting), text.to_owned());
+                        change.apply(&mut self.quantizers[id]);
+                        done.changes[id][setting] = Some(change);
                     }
                 }
             }
@@ -905,7 +935,10 @@ impl<'a> Placement<'a> {
 
     /// Multiplying or dividing by a positive constant only rescales the grid: no quantizer of its own.
     fn drop_constant_rescales(&mut self) {
-        for &node in &self.flow.ops {
+        for node in self
+            .flow
+            .ops_of_types(|op_type| matches!(op_type, "Mul" | "Div"))
+        {
             let Some(module) = self.quantized_module(node) else {
                 continue;
             };
@@ -962,12 +995,9 @@ impl<'a> Placement<'a> {
             quantizers: self.quantizers,
             ..Plan::default()
         };
-        for (module, (slots, kernels)) in self
-            .flow
-            .graph
-            .modules
-            .iter()
-            .zip(self.slots.into_iter().zip(self.supported_kernels))
+        let modules = self.flow.graph.modules.iter().enumerate();
+        for ((id, module), (slots, kernels)) in
+            modules.zip(self.slots.into_iter().zip(self.supported_kernels))
         {
             if !module.quantizable {
                 continue;
@@ -988,6 +1018,7 @@ impl<'a> Placement<'a> {
             let inputs = plan.fit(&slots.inputs, num_inputs);
             let outputs = plan.fit(&slots.outputs, num_outputs);
             plan.modules.push(ModulePlan {
+                module: id,
                 path: module.path.clone(),
                 inputs,
                 outputs,
@@ -1034,16 +1065,14 @@ impl Plan {
 fn unuse_reused(graph: &Graph, plan: &mut Plan) -> Vec<String> {
     let mut reused = Vec::new();
     for index in 0..plan.modules.len() {
-        let module = graph
-            .module(&plan.modules[index].path)
-            .map(|m| &graph.modules[m]);
+        let module = &graph.modules[plan.modules[index].module];
         // A functional operation has quantizers for each place in a forward; only the calls of one place
         // in several forwards share them.
         let counts = |m: &Module| {
             let functional = m.calls.iter().any(|&n| graph.nodes[n].function.is_some());
             m.calls.len() > 1 && m.params.is_empty() && !functional
         };
-        if !module.is_some_and(counts) {
+        if !counts(module) {
             continue;
         }
         let drop = |slot: &Option<QuantizerId>| slot.is_some_and(|id| !plan.is_fixed(id));
@@ -1068,16 +1097,11 @@ fn unuse_reused(graph: &Graph, plan: &mut Plan) -> Vec<String> {
 /// Lets the producers of certain operators' inputs use the operator's output quantizer: all inputs of a Concat
 /// must be on one grid, and what a Relu cuts off needs no room in the grid before it.
 fn tie_grids(flow: &Flow, config: &Config, plan: &mut Plan) {
-    let plan_of: HashMap<String, usize> = plan
-        .modules
-        .iter()
-        .enumerate()
-        .map(|(i, module)| (module.path.clone(), i))
-        .collect();
-    let planned = |node: NodeId| -> Option<usize> {
-        let module = flow.graph.nodes[node].module?;
-        plan_of.get(&flow.graph.modules[module].path).copied()
-    };
+    let mut plan_of = vec![None; flow.graph.modules.len()];
+    for (index, module) in plan.modules.iter().enumerate() {
+        plan_of[module.module] = Some(index);
+    }
+    let planned = |node: NodeId| -> Option<usize> { plan_of[flow.graph.nodes[node].module?] };
     let wants_tie = |class: &str| {
         class == "nn.ReLU"
             || op_types::module_joins_grids(class)

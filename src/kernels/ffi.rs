@@ -131,7 +131,7 @@ macro_rules! for_compute {
 }
 pub(super) use for_compute;
 
-mod ptq;
+pub(super) mod ptq;
 
 /// # Safety
 /// `p` points to `n` integers, or `n` is 0.

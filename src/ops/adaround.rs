@@ -97,3 +97,21 @@ pub fn adaround_step(
         (settings.reg_param, settings.beta),
     )
 }
+
+/// The gradient of `factor / 2 * |f(output) - f(target)|^2` with respect to a layer's `output`, in its place;
+/// `f` is ReLU if `relu`, else nothing.
+///
+/// `output` is contiguous, samples first. `samples` (int64) says which of the target's samples they are
+/// compared with, so that nobody copies those out; `None`: all of them, in order.
+///
+/// # Errors
+/// [`crate::Error::Value`] for shapes that do not fit, [`crate::Error::Type`] for dtypes.
+pub fn reconstruction_gradient(
+    output: &mut Tensor,
+    target: &Tensor,
+    samples: Option<&Tensor>,
+    factor: f64,
+    relu: bool,
+) -> Result<()> {
+    ffi::reconstruction_gradient(output, target, samples, factor, relu)
+}

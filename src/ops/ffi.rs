@@ -57,6 +57,13 @@ extern "C" {
         reg_param: f64,
         beta: f64,
     ) -> i32;
+    fn rimet_op_reconstruction_gradient(
+        output: *mut C_tensor,
+        target: *const C_tensor,
+        samples: *const C_tensor,
+        factor: f64,
+        relu: i32,
+    ) -> i32;
     fn rimet_op_convolution_weight_gradient(
         grad: *const C_tensor,
         input: *const C_tensor,
@@ -241,6 +248,25 @@ pub(super) fn adaround_step(
             learning_rate,
             reg_param,
             beta,
+        )
+    })
+}
+
+pub(super) fn reconstruction_gradient(
+    output: &mut Tensor,
+    target: &Tensor,
+    samples: Option<&Tensor>,
+    factor: f64,
+    relu: bool,
+) -> Result<()> {
+    // SAFETY: the tensors are alive; the op writes the first in place.
+    check(unsafe {
+        rimet_op_reconstruction_gradient(
+            output.as_mut_ptr(),
+            target.as_ptr(),
+            samples.map_or(std::ptr::null(), Tensor::as_ptr),
+            factor,
+            i32::from(relu),
         )
     })
 }

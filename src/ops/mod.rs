@@ -10,8 +10,8 @@ mod ffi;
 mod seq_mse;
 
 pub use adaround::{
-    adaround_quantize_dequantize, adaround_regularizer, adaround_step, AdaroundState, AdaroundStep,
-    GAMMA, ZETA,
+    adaround_quantize_dequantize, adaround_regularizer, adaround_step, reconstruction_gradient,
+    AdaroundState, AdaroundStep, GAMMA, ZETA,
 };
 pub use convolution::{convolution_weight_gradient, Convolution};
 pub use seq_mse::{reconstruction_error, row_dot};

@@ -21,8 +21,8 @@ use super::rows::{for_each_piece, Batches, Gram};
 use crate::encoding::AffineGrid;
 use crate::error::{Error, Result};
 use crate::ops::{
-    adaround_quantize_dequantize, adaround_regularizer, adaround_step, AdaroundState, AdaroundStep,
-    GAMMA, ZETA,
+    adaround_quantize_dequantize, adaround_regularizer, adaround_step, reconstruction_gradient,
+    AdaroundState, AdaroundStep, GAMMA, ZETA,
 };
 use crate::ptq::random::Random;
 use tch::{Kind, Reduction, Tensor};
@@ -237,7 +237,8 @@ pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// Chooses the rounding of a layer's weight.
 ///
 /// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: six
-/// times the weight, 32 samples of input and output, and with [`Method::Gram`] three Gram matrices.
+/// times the weight (seven times for a convolution with few output places), 32 samples of input and output,
+/// and with [`Method::Gram`] three Gram matrices.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -274,7 +275,7 @@ pub fn adaround(
     {
         Gradient::Gram(GramLoss::new(&layer)?)
     } else {
-        Gradient::Minibatch(Sampler::new(samples, config.seed))
+        Gradient::Minibatch(Sampler::new(&layer, samples, config.seed)?)
     };
     let method = match gradient {
         Gradient::Gram(_) => Method::Gram,
@@ -474,6 +475,85 @@ impl Layer<'_> {
         Ok(sum / rows.max(1) as f64)
     }
 
+    /// Rows and target rows of all samples, where they take no more memory than the weight: no more rows
+    /// than output channels. A convolution reorders the weights to a layout of its own, and their gradient
+    /// back, at every step; with so few rows that costs more than the convolution itself.
+    fn rows_of_samples(&self, batches: &[BatchShape]) -> Result<Option<Vec<(Tensor, Tensor)>>> {
+        let map = self.problem.map;
+        let matrix = map.matrix(self.weight)?.size();
+        let rows: i64 = batches.iter().map(|b| b.rows).sum();
+        if *map == LinearMap::Linear || map.groups() != 1 || rows > matrix[1] {
+            return Ok(None);
+        }
+        let of_batch = |batch: usize| {
+            let by_sample = |rows: Tensor| rows.f_reshape([batches[batch].samples as i64, -1]);
+            Ok((
+                by_sample(map.rows(&self.input(batch)?, self.weight)?)?,
+                by_sample(map.output_rows(&self.target(batch)?)?)?,
+            ))
+        };
+        (0..batches.len())
+            .map(of_batch)
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+
+    /// The gradient of a step's loss with respect to the weight of `map`, whose bias and activation function
+    /// are this layer's.
+    fn minibatch_gradient(
+        &self,
+        map: &LinearMap,
+        weight: &Tensor,
+        input: &Tensor,
+        runs: &[Run],
+    ) -> Result<Tensor> {
+        let output = map.forward(input, weight, self.bias)?.f_contiguous()?;
+        let factor = 2.0 / map.num_rows(&output).max(1) as f64;
+        let grad = match self.problem.activation {
+            None => self.output_gradient(&output, runs, factor, false)?,
+            Some(Activation::Relu) => self.output_gradient(&output, runs, factor, true)?,
+            Some(activation) => {
+                let parts: Vec<Tensor> =
+                    runs.iter().map(Run::drawn_target).collect::<Result<_>>()?;
+                let target = Tensor::f_cat(&parts, 0)?.f_to_kind(self.kind)?;
+                let target = activation.apply(&target.f_reshape_as(&output)?)?;
+                tch::with_grad(|| -> Result<Tensor> {
+                    let output = output.f_detach()?.f_set_requires_grad(true)?;
+                    let loss = activation
+                        .apply(&output)?
+                        .f_mse_loss(&target, Reduction::Sum)?
+                        * (0.5 * factor);
+                    let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
+                    Ok(grads[0].shallow_clone())
+                })?
+            }
+        };
+        map.weight_gradient(&grad, input, weight)
+    }
+
+    /// The gradient with respect to the output, in its place, without copies of the targets.
+    fn output_gradient(
+        &self,
+        output: &Tensor,
+        runs: &[Run],
+        factor: f64,
+        relu: bool,
+    ) -> Result<Tensor> {
+        let samples: i64 = runs.iter().map(|run| run.len).sum();
+        let by_sample = output.f_view([samples, -1])?;
+        for run in runs {
+            let mut part = by_sample.f_narrow(0, run.begin, run.len)?;
+            if run.target.kind() == self.kind {
+                let target = run.target.f_flatten(1, -1)?;
+                reconstruction_gradient(&mut part, &target, Some(&run.samples), factor, relu)?;
+            } else {
+                let target = run.drawn_target()?.f_to_kind(self.kind)?.f_flatten(1, -1)?;
+                reconstruction_gradient(&mut part, &target, None, factor, relu)?;
+            }
+        }
+        Ok(output.shallow_clone())
+    }
+
     /// Whether a step over the Gram matrix, with the making of it spread over the steps, counts fewer
     /// operations than the forward pass and the weight gradient of a minibatch.
     fn gram_is_cheaper(&self, samples: &[BatchShape], num_iterations: u64) -> Result<bool> {
@@ -542,10 +622,33 @@ struct Sampler {
     /// Batches whose samples can be stacked, by shape; the number of samples in each.
     stacks: Vec<(Vec<usize>, usize)>,
     random: Random,
+    /// Rows and target rows of the weight's matrix, `[samples, places * channels]` for each batch, where a
+    /// step is computed with them.
+    rows: Option<Vec<(Tensor, Tensor)>>,
+    /// Inputs of the last step, whose memory the next one takes.
+    drawn: Option<Tensor>,
+}
+
+/// The samples of a step that come from one batch.
+struct Run {
+    /// The batch's, samples first.
+    input: Tensor,
+    target: Tensor,
+    /// Their places in it.
+    samples: Tensor,
+    /// The place of the first among all of the step.
+    begin: i64,
+    len: i64,
+}
+
+impl Run {
+    fn drawn_target(&self) -> Result<Tensor> {
+        Ok(self.target.f_index_select(0, &self.samples)?)
+    }
 }
 
 impl Sampler {
-    fn new(batches: Vec<BatchShape>, seed: u64) -> Self {
+    fn new(layer: &Layer<'_>, batches: Vec<BatchShape>, seed: u64) -> Result<Self> {
         let mut stacks: Vec<(Vec<usize>, usize)> = vec![];
         for (index, batch) in batches.iter().enumerate() {
             let stack = stacks
@@ -559,11 +662,13 @@ impl Sampler {
                 None => stacks.push((vec![index], batch.samples)),
             }
         }
-        Self {
+        Ok(Self {
+            rows: layer.rows_of_samples(&batches)?,
             batches,
             stacks,
             random: Random::new(seed),
-        }
+            drawn: None,
+        })
     }
 
     /// Samples of one step, as (batch, place within it), in the order of the data. Where shapes differ
@@ -591,53 +696,62 @@ impl Sampler {
         found
     }
 
-    /// Copies the samples drawn out of their batches; the batches themselves stay where they are.
-    fn gather(&mut self, layer: &Layer<'_>) -> Result<(Tensor, Tensor)> {
-        let drawn = self.draw();
-        let mut parts = (vec![], vec![]);
-        for run in drawn.chunk_by(|a, b| a.0 == b.0) {
-            let places: Vec<i64> = run.iter().map(|s| s.1).collect();
-            let places = Tensor::from_slice(&places).f_to_device(layer.weight.device())?;
-            parts
-                .0
-                .push(layer.raw_input(run[0].0)?.f_index_select(0, &places)?);
-            parts
-                .1
-                .push(layer.raw_target(run[0].0)?.f_index_select(0, &places)?);
-        }
-        let joined = |parts: Vec<Tensor>| match parts.as_slice() {
-            [one] => Ok(one.shallow_clone()),
-            many => Tensor::f_cat(many, 0),
+    /// Copies the inputs of the samples drawn out of their batches; the batches themselves stay where they
+    /// are.
+    fn gather(&mut self, runs: &[Run]) -> Result<Tensor> {
+        let n: i64 = runs.iter().map(|run| run.len).sum();
+        let mut size = runs[0].input.size();
+        size[0] = n;
+        let kind = runs[0].input.kind();
+        let buffer = match self.drawn.take() {
+            Some(buffer) if buffer.size() == size && buffer.kind() == kind => buffer,
+            _ => Tensor::f_empty(&size, (kind, runs[0].input.device()))?,
         };
-        let input = layer.padded(&joined(parts.0)?)?;
-        Ok((input, joined(parts.1)?.f_to_kind(layer.kind)?))
+        for run in runs {
+            let part = buffer.f_narrow(0, run.begin, run.len)?;
+            let _ = run.input.f_index_select_out(&part, 0, &run.samples)?;
+        }
+        Ok(self.drawn.insert(buffer).shallow_clone())
+    }
+
+    /// The samples of a step, by batch.
+    fn runs(&mut self, layer: &Layer<'_>) -> Result<Vec<Run>> {
+        let drawn = self.draw();
+        let mut begin = 0;
+        drawn
+            .chunk_by(|a, b| a.0 == b.0)
+            .map(|run| {
+                let samples: Vec<i64> = run.iter().map(|s| s.1).collect();
+                let batch = run[0].0;
+                let (input, target) = match &self.rows {
+                    Some(rows) => (rows[batch].0.shallow_clone(), rows[batch].1.shallow_clone()),
+                    None => (layer.raw_input(batch)?, layer.raw_target(batch)?),
+                };
+                let found = Run {
+                    input,
+                    target,
+                    samples: Tensor::from_slice(&samples).f_to_device(layer.weight.device())?,
+                    begin,
+                    len: samples.len() as i64,
+                };
+                begin += found.len;
+                Ok(found)
+            })
+            .collect()
     }
 
     fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
-        let (input, target) = self.gather(layer)?;
+        let runs = self.runs(layer)?;
+        let input = self.gather(&runs)?;
         let map = layer.problem.map;
-        let output = layer.forward(&input, rounded)?;
-        let factor = 2.0 / map.num_rows(&target).max(1) as f64;
-        let grad = match layer.problem.activation {
-            None => (output - target) * factor,
-            Some(Activation::Relu) => {
-                let output = output.f_relu()?;
-                let error = (&output - target.f_relu()?) * factor;
-                output.f_threshold_backward(&error, 0)?
-            }
-            Some(activation) => {
-                let target = activation.apply(&target)?;
-                tch::with_grad(|| -> Result<Tensor> {
-                    let output = output.f_detach()?.f_set_requires_grad(true)?;
-                    let loss = activation
-                        .apply(&output)?
-                        .f_mse_loss(&target, Reduction::Sum)?
-                        * (0.5 * factor);
-                    let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
-                    Ok(grads[0].shallow_clone())
-                })?
-            }
-        };
-        map.weight_gradient(&grad, &input, rounded)
+        if self.rows.is_none() {
+            let input = layer.padded(&input)?;
+            return layer.minibatch_gradient(map, rounded, &input, &runs);
+        }
+        // A linear layer with the weight's matrix.
+        let matrix = map.matrix(rounded)?.f_squeeze_dim(0)?;
+        let rows = input.f_reshape([-1, matrix.size()[1]])?;
+        let grad = layer.minibatch_gradient(&LinearMap::Linear, &matrix, &rows, &runs)?;
+        map.from_matrix(&grad.f_unsqueeze(0)?, &rounded.size())
     }
 }

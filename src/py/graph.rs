@@ -1,13 +1,16 @@
 //! `rimet._core`: recording a model's graph, and placing quantizers on it.
 
+use std::collections::hash_map::{Entry, HashMap};
+
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use crate::graph::config::{Config, Dtype, Format, Kernel};
 use crate::graph::error::{ConfigError, GraphError};
 use crate::graph::pattern::Flow;
-use crate::graph::placement::{self, Defaults, FunctionalPlan, Plan};
+use crate::graph::placement::{self, Defaults, FunctionalPlan, Plan, Quantizer};
 use crate::graph::{self, op_types, Input, Module, Parameter, Source};
 
 impl From<ConfigError> for PyErr {
@@ -254,7 +257,7 @@ impl Graph {
         Flow::new(&self.graph).chains(&patterns, &skip, |_| false)
     }
 
-    /// Applies a configuration. Returns a dict: quantizers, modules, reused; with `functional`, too: functions
+    /// Applies a configuration. Returns a dict: quantizers (`None` for one that is off), modules, reused; with `functional`, too: functions
     /// (scope, function, turn, quantizes_weight, in_place, inputs, outputs), left ((scope, function, turn), reason) and
     /// calls (scope, function, number).
     #[pyo3(signature = (config, activation_bitwidth, param_bitwidth, is_float, functional = false))]
@@ -309,30 +312,53 @@ fn kernel_list(kernels: &[Kernel]) -> Vec<PyKernel> {
 
 fn plan_dict<'py>(py: Python<'py>, plan: &Plan) -> PyResult<Bound<'py, PyDict>> {
     let quantizers = PyList::empty(py);
+    // Most quantizers are alike: they share one dict.
+    let mut made: HashMap<_, Bound<'py, PyDict>> = HashMap::new();
     for quantizer in &plan.quantizers {
-        let dict = PyDict::new(py);
-        let (dtype, bitwidth) = format_tuple(quantizer.format);
-        dict.set_item("dtype", dtype)?;
-        dict.set_item("bitwidth", bitwidth)?;
-        dict.set_item("symmetric", quantizer.symmetric)?;
-        dict.set_item("shape", &quantizer.shape)?;
-        dict.set_item("constraints", quantizer.constraints)?;
-        quantizers.append(dict)?;
+        if !quantizer.enabled {
+            quantizers.append(py.None())?;
+            continue;
+        }
+        let Quantizer {
+            format,
+            symmetric,
+            shape,
+            constraints,
+            ..
+        } = quantizer;
+        let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
+        let (dtype, bitwidth) = format_tuple(*format);
+        let dict = match made.entry((dtype, bitwidth, symmetric, shape, ends)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let dict = PyDict::new(py);
+                dict.set_item(intern!(py, "dtype"), dtype)?;
+                dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
+                dict.set_item(intern!(py, "symmetric"), symmetric)?;
+                dict.set_item(intern!(py, "shape"), shape)?;
+                dict.set_item(intern!(py, "constraints"), constraints)?;
+                entry.insert(dict)
+            }
+        };
+        quantizers.append(&*dict)?;
     }
     let modules = PyList::empty(py);
     for module in &plan.modules {
         let dict = PyDict::new(py);
-        dict.set_item("path", &module.path)?;
-        dict.set_item("inputs", &module.inputs)?;
-        dict.set_item("outputs", &module.outputs)?;
-        dict.set_item("params", &module.params)?;
-        dict.set_item("supported_kernels", kernel_list(&module.supported_kernels))?;
+        dict.set_item(intern!(py, "path"), &module.path)?;
+        dict.set_item(intern!(py, "inputs"), &module.inputs)?;
+        dict.set_item(intern!(py, "outputs"), &module.outputs)?;
+        dict.set_item(intern!(py, "params"), &module.params)?;
+        dict.set_item(
+            intern!(py, "supported_kernels"),
+            kernel_list(&module.supported_kernels),
+        )?;
         modules.append(dict)?;
     }
     let result = PyDict::new(py);
-    result.set_item("quantizers", quantizers)?;
-    result.set_item("modules", modules)?;
-    result.set_item("reused", &plan.reused)?;
+    result.set_item(intern!(py, "quantizers"), quantizers)?;
+    result.set_item(intern!(py, "modules"), modules)?;
+    result.set_item(intern!(py, "reused"), &plan.reused)?;
     Ok(result)
 }
 
@@ -345,24 +371,27 @@ fn functional_plan_dict<'py>(
     for (op, module) in &functional.ops {
         let dict = PyDict::new(py);
         let (scope, function, turn) = &op.place;
-        dict.set_item("scope", scope)?;
-        dict.set_item("function", function)?;
-        dict.set_item("turn", turn)?;
-        dict.set_item("quantizes_weight", op.weight.is_some())?;
-        dict.set_item("in_place", op.in_place)?;
-        dict.set_item("inputs", &module.inputs)?;
-        dict.set_item("outputs", &module.outputs)?;
-        dict.set_item("supported_kernels", kernel_list(&module.supported_kernels))?;
+        dict.set_item(intern!(py, "scope"), scope)?;
+        dict.set_item(intern!(py, "function"), function)?;
+        dict.set_item(intern!(py, "turn"), turn)?;
+        dict.set_item(intern!(py, "quantizes_weight"), op.weight.is_some())?;
+        dict.set_item(intern!(py, "in_place"), op.in_place)?;
+        dict.set_item(intern!(py, "inputs"), &module.inputs)?;
+        dict.set_item(intern!(py, "outputs"), &module.outputs)?;
+        dict.set_item(
+            intern!(py, "supported_kernels"),
+            kernel_list(&module.supported_kernels),
+        )?;
         functions.append(dict)?;
     }
-    result.set_item("functions", functions)?;
+    result.set_item(intern!(py, "functions"), functions)?;
     let left: Vec<_> = functional
         .left
         .iter()
         .map(|(place, reason)| (place, reason.text()))
         .collect();
-    result.set_item("left", left)?;
-    result.set_item("calls", &functional.calls)?;
+    result.set_item(intern!(py, "left"), left)?;
+    result.set_item(intern!(py, "calls"), &functional.calls)?;
     Ok(result)
 }
 

@@ -481,6 +481,16 @@ pub struct StepSettings {
     pub beta: f64,
 }
 
+impl StepSettings {
+    /// Adam's step size, and what the root of the second moment is multiplied with: both with their bias
+    /// corrections.
+    pub fn adam(&self) -> (f64, f64) {
+        let power = self.step.min(i32::MAX as u64) as i32;
+        let step_size = self.learning_rate / (1.0 - BETA1.powi(power));
+        (step_size, (1.0 - BETA2.powi(power)).sqrt().recip())
+    }
+}
+
 /// Adam's decay rates and the term that keeps it from dividing by zero \[kingma2015\].
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
@@ -583,9 +593,7 @@ pub unsafe fn step<T: Element<C>, C: Transcendental>(
     settings: &StepSettings,
     tensors: StepTensors<T>,
 ) {
-    let power = settings.step.min(i32::MAX as u64) as i32;
-    let step_size = settings.learning_rate / (1.0 - BETA1.powi(power));
-    let correction = (1.0 - BETA2.powi(power)).sqrt().recip();
+    let (step_size, correction) = settings.adam();
     for_each_lanes(
         geometry,
         encodings,
@@ -599,4 +607,74 @@ pub unsafe fn step<T: Element<C>, C: Transcendental>(
             regularized: settings.reg_param != 0.0,
         },
     );
+}
+
+struct ReconstructionGradient<T, C> {
+    output: *mut T,
+    target: *const T,
+    len: usize,
+    factor: C,
+    relu: bool,
+}
+
+impl<T: Element<C>, C: Compute> Body for ReconstructionGradient<T, C> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let (zero, factor) = (number::<S, C>(0.0), <C::V<S>>::splat(self.factor));
+        for at in (0..self.len).step_by(LANES) {
+            let n = LANES.min(self.len - at);
+            // SAFETY: `n` elements from `at` are inside the stretch.
+            unsafe {
+                let output = load_up_to::<S, T, C>(self.output.add(at), n);
+                let mut target = load_up_to::<S, T, C>(self.target.add(at), n);
+                if self.relu {
+                    target = <C::V<S>>::select(target.le(zero), zero, target);
+                }
+                let mut gradient = output.sub(target).mul(factor);
+                if self.relu {
+                    gradient = <C::V<S>>::select(output.le(zero), zero, gradient);
+                }
+                store_up_to::<S, T, C>(self.output.add(at), n, gradient);
+            }
+        }
+    }
+}
+
+/// The gradient of `factor / 2 * |f(output) - f(target)|^2` with respect to `output`, in its place, where `f`
+/// is ReLU or nothing. `output` holds `samples.len()` samples of `len` elements; `samples` says which of
+/// the target's they are compared with.
+///
+/// # Safety
+/// `output` is valid for reads and writes of `samples.len() * len` elements, `target` for reads of `len`
+/// elements from each of `samples` times `len` on; they do not overlap.
+pub unsafe fn reconstruction_gradient<T: Element<C>, C: Compute>(
+    output: *mut T,
+    target: *const T,
+    samples: &[i64],
+    len: usize,
+    factor: f64,
+    relu: bool,
+) {
+    let (output, target) = (Shared(output), Shared(target.cast_mut()));
+    for_each_range(samples.len() * len, GRAIN, |range| {
+        let (output, target) = (&output, &target);
+        let mut at = range.start;
+        while at < range.end {
+            let (sample, begin) = (at / len, at % len);
+            let n = (len - begin).min(range.end - at);
+            // SAFETY: the stretch is inside one sample; stretches are disjoint.
+            unsafe {
+                let from = samples[sample] as usize * len + begin;
+                dispatch(ReconstructionGradient::<T, C> {
+                    output: output.0.add(at),
+                    target: target.0.add(from).cast_const(),
+                    len: n,
+                    factor: C::from_f64(factor),
+                    relu,
+                });
+            }
+            at += n;
+        }
+    });
 }

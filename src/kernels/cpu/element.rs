@@ -330,19 +330,21 @@ pub unsafe fn store_up_to<S: Simd, T: Element<C>, C: Compute>(
     }
 }
 
-/// Bytes of output from which on it is written past the cache. An ordinary store reads the line it writes
-/// to first, so streaming saves a third of the traffic: measured on two cores, 2^24 float32 take 1.5 ms
-/// against 2.0 to 3.1. Below, input and output fit a last-level cache of usual size together, where
-/// whatever comes next wants the output, and streaming was measured to take 1.8 times as long.
-const STREAM_BYTES: usize = 24 << 20;
+/// Bytes read and written from which on the output is written past the cache. An ordinary store reads the
+/// line it writes to first, so streaming saves that traffic: measured on two cores, 2^24 float32 forward take
+/// 1.5 ms against 2.0 to 3.1, and 2^22 forward and backward 1.35 ms against 1.70. Below, the tensors fit a
+/// last-level cache of usual size together, where whatever comes next wants the output, and streaming was
+/// measured to take 1.8 times as long.
+const STREAM_BYTES: usize = 48 << 20;
 
-/// Whether an output is large enough to be written past the cache, and made of runs that leave few lines
-/// to be written in parts.
-pub fn streams<T>(output: *const T, geometry: &BlockGeometry) -> bool {
+/// Whether a pass over `tensors` tensors, the output among them, is large enough to write past the cache, and
+/// made of runs that leave few lines to be written in parts.
+pub fn streams<T>(output: *const T, geometry: &BlockGeometry, tensors: usize) -> bool {
     let run = geometry.inner().size;
     let whole_lines =
         run.is_multiple_of(LANES) && (output as usize).is_multiple_of(stream_alignment::<T>());
-    geometry.numel() * size_of::<T>() >= STREAM_BYTES && (whole_lines || run >= 64 * LANES)
+    tensors * geometry.numel() * size_of::<T>() >= STREAM_BYTES
+        && (whole_lines || run >= 64 * LANES)
 }
 
 /// What streaming stores of a block of lanes ask of the address.

@@ -8,9 +8,9 @@ use super::element::{
 };
 use super::isa::{dispatch, Body, Simd};
 use super::parallel::{for_each_range, Shared, GRAIN};
-use super::reduce::{fill_groups, reduce, Reduction, TILE};
+use super::reduce::{each_run, fill_groups, reduce, Reduction, TILE};
 use super::vector::Vector;
-use super::walk::Pieces;
+use super::walk::{Piece, Pieces};
 use crate::encoding::BlockGeometry;
 
 /// The encodings' parameters (scales, offsets), an array of each with one element per group.
@@ -258,7 +258,7 @@ pub unsafe fn forward<F: Function<C, P>, T: Element<C>, C: Compute, const P: usi
 ) {
     assert_lengths(geometry, parameters);
     // In place, the lines are in the cache already.
-    let stream = !std::ptr::eq(input, output) && streams(output, geometry);
+    let stream = !std::ptr::eq(input, output) && streams(output, geometry, 2);
     let (input, output) = (Shared(input.cast_mut()), Shared(output));
     for_each_range(geometry.numel(), GRAIN, |range| {
         let (input, output) = (&input, &output);
@@ -361,6 +361,71 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize, const N: usiz
         terms
     }
 
+    /// The lanes' sums of a run of whole blocks; writes the gradient of the input.
+    ///
+    /// # Safety
+    /// As for `Reduction::run`; aligned for streaming if `STREAM`.
+    #[inline(always)]
+    unsafe fn lanes<S: Simd, const STREAM: bool>(
+        &self,
+        start: usize,
+        len: usize,
+        group: usize,
+        constants: &F::Constants<S>,
+    ) -> [C::V<S>; N] {
+        let parameters = shared::<S, C, P>(self.parameters, group);
+        let mut sums = [<C::V<S>>::splat(C::ZERO); N];
+        for at in (start..start + len).step_by(LANES) {
+            // SAFETY: the run is made of whole blocks.
+            let terms = unsafe { self.block::<S, true, STREAM>(at, parameters, constants) };
+            for (sum, term) in sums.iter_mut().zip(terms) {
+                *sum = sum.add(term);
+            }
+        }
+        sums
+    }
+
+    /// The runs of a piece, each of whole blocks, few enough for one sum a lane. Many short runs are what
+    /// small blocks come down to: one by one, adding up their lanes took a third of the time.
+    ///
+    /// # Safety
+    /// As for `Reduction::runs`; aligned for streaming if `STREAM`.
+    #[inline(always)]
+    unsafe fn short_runs<S: Simd, const STREAM: bool>(
+        &self,
+        piece: Piece,
+        constants: &F::Constants<S>,
+        places: *mut [f64; N],
+        step: usize,
+    ) {
+        let (mut start, mut group) = (piece.start, piece.group);
+        let mut first = 0;
+        while first < piece.count {
+            let count = (piece.count - first).min(8);
+            let mut lanes = [[<C::V<S>>::splat(C::ZERO); 8]; N];
+            for r in 0..count {
+                // SAFETY: by the contract.
+                let run = unsafe { self.lanes::<S, STREAM>(start, piece.len, group, constants) };
+                for (lanes, run) in lanes.iter_mut().zip(run) {
+                    lanes[r] = run;
+                }
+                start += piece.len;
+                group += piece.group_step;
+            }
+            let mut totals = [[0.0; N]; 8];
+            for (k, lanes) in lanes.into_iter().enumerate() {
+                for (total, sum) in totals.iter_mut().zip(<C::V<S>>::sums(lanes)) {
+                    total[k] = sum;
+                }
+            }
+            for (r, total) in totals.into_iter().enumerate().take(count) {
+                // SAFETY: by the contract.
+                unsafe { places.add((first + r) * step).write(total) };
+            }
+            first += count;
+        }
+    }
+
     /// # Safety
     /// As for `Reduction::run`.
     #[inline(always)]
@@ -441,6 +506,28 @@ impl<F: Function<C, P>, T: Element<C>, C: Compute, const P: usize, const N: usiz
                 self.sum::<S, true, true>(start, len, group, constants)
             } else {
                 self.sum::<S, true, false>(start, len, group, constants)
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn runs<S: Simd>(
+        &self,
+        piece: Piece,
+        constants: &F::Constants<S>,
+        places: *mut [f64; N],
+        step: usize,
+    ) {
+        // SAFETY: handed on. All runs of whole blocks are aligned if the first is.
+        unsafe {
+            let blocks = piece.len.is_multiple_of(LANES) && piece.len <= LANE_SUM;
+            // Without a gradient of the input it is not worth the code.
+            if !blocks || self.grad_input.is_null() {
+                each_run::<S, Self>(self, piece, constants, places, step);
+            } else if self.stream && before_stream(self.grad_input.add(piece.start)) == 0 {
+                self.short_runs::<S, true>(piece, constants, places, step);
+            } else {
+                self.short_runs::<S, false>(piece, constants, places, step);
             }
         }
     }
@@ -549,7 +636,7 @@ pub unsafe fn backward<
             grad,
             input,
             grad_input,
-            stream: !grad_input.is_null() && streams(grad_input, geometry),
+            stream: !grad_input.is_null() && streams(grad_input, geometry, 3),
         },
     )
 }

@@ -5,7 +5,7 @@
 
 use super::isa::{dispatch, Body, Simd};
 use super::parallel::{for_each_range, Shared};
-use super::walk::Pieces;
+use super::walk::{Piece, Pieces};
 use crate::encoding::BlockGeometry;
 
 /// Elements of one chunk.
@@ -43,6 +43,22 @@ pub trait Reduction: Sync {
         constants: &Self::Constants<S>,
     ) -> Self::Partial;
 
+    /// The runs of a piece. The partial result of each goes to `places`, from run to run `step` further.
+    ///
+    /// # Safety
+    /// As for `run`; the places are valid for writes, and this call's alone.
+    #[inline(always)]
+    unsafe fn runs<S: Simd>(
+        &self,
+        piece: Piece,
+        constants: &Self::Constants<S>,
+        places: *mut Self::Partial,
+        step: usize,
+    ) {
+        // SAFETY: handed on.
+        unsafe { each_run::<S, Self>(self, piece, constants, places, step) }
+    }
+
     /// The elements from `start` on, each with its own encoding, at most [`TILE`] of them.
     ///
     /// # Safety
@@ -58,6 +74,30 @@ pub trait Reduction: Sync {
     /// Called by each thread after each of its chunks.
     #[inline(always)]
     fn finish<S: Simd>(&self) {}
+}
+
+/// [`Reduction::runs`] run by run.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub unsafe fn each_run<S: Simd, R: Reduction + ?Sized>(
+    reduction: &R,
+    piece: Piece,
+    constants: &R::Constants<S>,
+    places: *mut R::Partial,
+    step: usize,
+) {
+    let (mut start, mut group) = (piece.start, piece.group);
+    for r in 0..piece.count {
+        // SAFETY: by the contract.
+        unsafe {
+            let partial = reduction.run::<S>(start, piece.len, group, constants);
+            places.add(r * step).write(partial);
+        }
+        start += piece.len;
+        group += piece.group_step;
+    }
 }
 
 struct RunChunk<'a, R: Reduction> {
@@ -76,18 +116,15 @@ impl<R: Reduction> Body for RunChunk<'_, R> {
     fn run<S: Simd>(self) {
         let constants = &self.reduction.constants::<S>();
         for piece in Pieces::new(self.geometry, self.begin, self.end) {
-            let (mut start, mut group) = (piece.start, piece.group);
-            for r in 0..piece.count {
-                let place = self.chunk.map_or(group, |chunk| piece.run + r + chunk);
-                // SAFETY: chunks do not overlap, so neither do their elements. `run + chunk` grows with
-                // every run (each begins an iteration or a chunk), so each has its own place; without
-                // `chunk` each run is one encoding's only one.
-                unsafe {
-                    let partial = self.reduction.run::<S>(start, piece.len, group, constants);
-                    self.partials.0.add(place).write(partial);
-                }
-                start += piece.len;
-                group += piece.group_step;
+            let (place, step) = self.chunk.map_or((piece.group, piece.group_step), |chunk| {
+                (piece.run + chunk, 1)
+            });
+            // SAFETY: chunks do not overlap, so neither do their elements. `run + chunk` grows with
+            // every run (each begins an iteration or a chunk), so each has its own place; without
+            // `chunk` each run is one encoding's only one.
+            unsafe {
+                let places = self.partials.0.add(place);
+                self.reduction.runs::<S>(piece, constants, places, step);
             }
         }
         self.reduction.finish::<S>();

@@ -18,6 +18,15 @@ pub enum RowSum {
     Product,
 }
 
+impl RowSum {
+    /// All of them, by their numbers in `csrc/engine.h`.
+    pub const ALL: [RowSum; 3] = [
+        RowSum::SquaredDifference,
+        RowSum::AbsoluteDifference,
+        RowSum::Product,
+    ];
+}
+
 /// Elements whose terms are summed in the compute type, spread over the lanes, before they are added up
 /// in float64.
 const LANE_SUM: usize = 4096;

@@ -54,13 +54,18 @@ impl Case {
 prop_compose! {
     fn cases()(
         parts in prop::collection::vec((1_i64..5, 1_i64..9), 0..4),
-        long in prop_oneof![3 => Just(1_i64), 1 => 15_i64..70],
+        long in prop_oneof![3 => Just(1_i64), 1 => 15_i64..70, 1 => prop::sample::select(vec![16_i64, 32])],
+        many in prop_oneof![3 => Just(None), 1 => (5_i64..20).prop_map(Some)],
         empty in prop::bool::weighted(0.1),
         order_seed in 0_usize..24,
         lead in 0_usize..5,
         seed in any::<u64>(),
     ) -> Case {
         let mut parts = parts;
+        // Short blocks are summed eight at a time.
+        if let (Some(many), Some(first)) = (many, parts.first_mut()) {
+            *first = (many, 1);
+        }
         if let Some(last) = parts.last_mut() {
             last.1 *= long;
         }

@@ -56,6 +56,8 @@ pub trait Vector<C>: Copy {
     /// The lanes' sum in float64, by halves: one after the other, sixteen additions would wait for each
     /// other, which took half of the time where encodings change every few blocks.
     fn sum(self) -> f64;
+    /// [`Vector::sum`] of each, the same bits: with eight at a time, every addition fills a register.
+    fn sums(vectors: [Self; 8]) -> [f64; 8];
     /// Magnitudes.
     #[inline(always)]
     fn abs(self) -> Self
@@ -255,6 +257,14 @@ impl<C: Compute> Vector<C> for Lanes<C> {
         }
         sums[0]
     }
+    #[inline(always)]
+    fn sums(vectors: [Self; 8]) -> [f64; 8] {
+        let mut sums = [0.0; 8];
+        for (sum, vector) in sums.iter_mut().zip(vectors) {
+            *sum = vector.sum();
+        }
+        sums
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -281,7 +291,7 @@ mod x86 {
             select |$m:ident, $yes:ident, $no:ident| $select:expr,
             bits $to_bits:ident $from_bits:ident $bits_and:ident $bits_or:ident $bits_add:ident,
             shift $shift_right:ident $shift_left:ident, sqrt $sqrt:ident,
-            sum |$summed:ident| $sum:expr
+            sum |$summed:ident| $partial:expr, $sum_of_one:ident $sum_of_each:ident $wide:ident
         ) => {
             /// Sixteen lanes in registers.
             #[derive(Clone, Copy)]
@@ -395,7 +405,19 @@ mod x86 {
                 fn sum(self) -> f64 {
                     let $summed = self.0;
                     // SAFETY: see `vector!`.
-                    unsafe { $sum }
+                    unsafe { $sum_of_one($partial) }
+                }
+                #[inline(always)]
+                fn sums(vectors: [Self; 8]) -> [f64; 8] {
+                    // SAFETY: see `vector!`.
+                    unsafe {
+                        let mut partial = [$wide(); 8];
+                        for i in 0..8 {
+                            let $summed = vectors[i].0;
+                            partial[i] = $partial;
+                        }
+                        $sum_of_each(partial)
+                    }
                 }
             }
         };
@@ -457,6 +479,62 @@ mod x86 {
         }
     }
 
+    /// [`sum_of_eight`] of each of eight: each step adds the upper halves to the lower ones, of two at a time.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F.
+    #[inline(always)]
+    unsafe fn sums_of_eight(a: [__m512d; 8]) -> [f64; 8] {
+        // SAFETY: by the contract; a register is eight numbers.
+        unsafe {
+            let mut fours = [_mm512_setzero_pd(); 4];
+            for i in 0..4 {
+                fours[i] = _mm512_add_pd(
+                    _mm512_shuffle_f64x2::<0x44>(a[i], a[i + 4]),
+                    _mm512_shuffle_f64x2::<0xee>(a[i], a[i + 4]),
+                );
+            }
+            let mut twos = [_mm512_setzero_pd(); 2];
+            for i in 0..2 {
+                twos[i] = _mm512_add_pd(
+                    _mm512_shuffle_f64x2::<0x88>(fours[i], fours[i + 2]),
+                    _mm512_shuffle_f64x2::<0xdd>(fours[i], fours[i + 2]),
+                );
+            }
+            // Of 0, 1, 4, 5, 2, 3, 6, 7.
+            let sums = _mm512_add_pd(
+                _mm512_unpacklo_pd(twos[0], twos[1]),
+                _mm512_unpackhi_pd(twos[0], twos[1]),
+            );
+            std::mem::transmute(_mm512_shuffle_f64x2::<0xd8>(sums, sums))
+        }
+    }
+
+    /// [`sum_of_four`] of each of eight.
+    ///
+    /// # Safety
+    /// The processor has AVX.
+    #[inline(always)]
+    unsafe fn sums_of_four(a: [__m256d; 8]) -> [f64; 8] {
+        // SAFETY: by the contract; a register is four numbers.
+        unsafe {
+            let mut sums = [_mm256_setzero_pd(); 2];
+            for i in 0..2 {
+                let [p, q, r, s] = [a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]];
+                let pr = _mm256_add_pd(
+                    _mm256_permute2f128_pd::<0x20>(p, r),
+                    _mm256_permute2f128_pd::<0x31>(p, r),
+                );
+                let qs = _mm256_add_pd(
+                    _mm256_permute2f128_pd::<0x20>(q, s),
+                    _mm256_permute2f128_pd::<0x31>(q, s),
+                );
+                sums[i] = _mm256_add_pd(_mm256_unpacklo_pd(pr, qs), _mm256_unpackhi_pd(pr, qs));
+            }
+            std::mem::transmute(sums)
+        }
+    }
+
     /// The first and the last four.
     ///
     /// # Safety
@@ -485,10 +563,10 @@ mod x86 {
         select |m, yes, no| _mm512_mask_blend_ps(m, no, yes),
         bits _mm512_castps_si512 _mm512_castsi512_ps _mm512_and_si512 _mm512_or_si512 _mm512_add_epi32,
         shift _mm512_srl_epi32 _mm512_sll_epi32, sqrt _mm512_sqrt_ps,
-        sum |a| sum_of_eight(_mm512_add_pd(
+        sum |a| _mm512_add_pd(
             _mm512_cvtps_pd(_mm512_castps512_ps256(a[0])),
             _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(a[0])),
-        ))
+        ), sum_of_eight sums_of_eight _mm512_setzero_pd
     }
     vector! {
         F64x16Avx512: f64 = [__m512d; 2], lanes 8,
@@ -501,7 +579,7 @@ mod x86 {
         select |m, yes, no| _mm512_mask_blend_pd(m, no, yes),
         bits _mm512_castpd_si512 _mm512_castsi512_pd _mm512_and_si512 _mm512_or_si512 _mm512_add_epi64,
         shift _mm512_srl_epi64 _mm512_sll_epi64, sqrt _mm512_sqrt_pd,
-        sum |a| sum_of_eight(_mm512_add_pd(a[0], a[1]))
+        sum |a| _mm512_add_pd(a[0], a[1]), sum_of_eight sums_of_eight _mm512_setzero_pd
     }
     vector! {
         F32x16Avx2: f32 = [__m256; 2], lanes 8,
@@ -516,8 +594,8 @@ mod x86 {
         shift _mm256_srl_epi32 _mm256_sll_epi32, sqrt _mm256_sqrt_ps,
         sum |a| {
             let ([a, b], [c, d]) = (widened(a[0]), widened(a[1]));
-            sum_of_four(_mm256_add_pd(_mm256_add_pd(a, c), _mm256_add_pd(b, d)))
-        }
+            _mm256_add_pd(_mm256_add_pd(a, c), _mm256_add_pd(b, d))
+        }, sum_of_four sums_of_four _mm256_setzero_pd
     }
     vector! {
         F64x16Avx2: f64 = [__m256d; 4], lanes 4,
@@ -530,7 +608,8 @@ mod x86 {
         select |m, yes, no| _mm256_blendv_pd(no, yes, m),
         bits _mm256_castpd_si256 _mm256_castsi256_pd _mm256_and_si256 _mm256_or_si256 _mm256_add_epi64,
         shift _mm256_srl_epi64 _mm256_sll_epi64, sqrt _mm256_sqrt_pd,
-        sum |a| sum_of_four(_mm256_add_pd(_mm256_add_pd(a[0], a[2]), _mm256_add_pd(a[1], a[3])))
+        sum |a| _mm256_add_pd(_mm256_add_pd(a[0], a[2]), _mm256_add_pd(a[1], a[3])),
+        sum_of_four sums_of_four _mm256_setzero_pd
     }
 }
 
@@ -567,6 +646,16 @@ mod tests {
                 .sum();
             assert!(sum.is_finite());
             bits.push(sum.to_bits());
+            let mut eight = [numbers; 8];
+            for (i, vector) in eight.iter_mut().enumerate() {
+                let mut lanes = vector.to_array();
+                lanes.rotate_left(i);
+                *vector = Vector::from_array(lanes);
+            }
+            let sums = <C::V<S>>::sums(eight);
+            for (vector, sum) in eight.into_iter().zip(sums) {
+                assert_eq!(vector.sum().to_bits(), sum.to_bits());
+            }
             for &other in &self.0 {
                 let b = <C::V<S>>::splat(other);
                 let less = a.le(b);

@@ -3,16 +3,21 @@
 use super::device::Launcher;
 use super::geometry::ReducePlan;
 use super::kernel::{Kernel, Stored};
-use super::skeleton::{self, ReduceKernels};
+use super::skeleton::{self, ReduceKernels, Tensors};
 use super::{range, Failure};
 use crate::encoding::{minimum_scale, AffineGrid, BlockGeometry};
 use crate::kernels::cpu::Compute;
+use crate::kernels::ffi::for_compute;
 use std::ffi::c_void;
 
 const FILE: &str = "affine.cu";
 
-/// The operations, by their numbers in `csrc/engine.h`.
-const OPERATIONS: [&str; 3] = ["Quantize", "Dequantize", "QuantizeDequantize"];
+/// The operations and their gradients, by their numbers in `csrc/engine.h`.
+const OPERATIONS: [[&str; 2]; 3] = [
+    ["Quantize", "QuantizeBackward"],
+    ["Dequantize", "DequantizeBackward"],
+    ["QuantizeDequantize", "QuantizeDequantizeBackward"],
+];
 
 /// A grid's constants in the precision of the kernel.
 #[repr(C)]
@@ -43,18 +48,14 @@ impl<C: Compute> Grid<C> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
 struct AffineArgs<C> {
-    input: *const c_void,
-    grad: *const c_void,
-    output: *mut c_void,
+    tensors: Tensors<3>,
     scale: *const C,
     offset: *const C,
     min: *const C,
     max: *const C,
     grad_first: *mut C,
     grad_second: *mut C,
-    vectorized: u64,
     grid: Grid<C>,
 }
 
@@ -75,28 +76,25 @@ pub struct Call<'a, C> {
 }
 
 impl<C: Compute> Call<'_, C> {
-    fn types(&self) -> [&'static str; 3] {
-        types(self.operation, self.stored)
-    }
-
-    /// Arguments with the encodings set. Ranges of more than one group become scale and offset first; a
+    /// Arguments for these tensors, with the encodings set. Ranges of more than one group become scale and offset first; a
     /// single one is derived by each thread for itself, which costs less than a launch.
     ///
     /// # Safety
     /// The encodings are device memory of one element for each group.
-    unsafe fn args(&self, launcher: &Launcher<'_>) -> Result<AffineArgs<C>, Failure> {
+    unsafe fn args(
+        &self,
+        launcher: &Launcher<'_>,
+        tensors: Tensors<3>,
+    ) -> Result<AffineArgs<C>, Failure> {
         let [first, second] = self.encodings;
         let mut args = AffineArgs {
-            input: std::ptr::null(),
-            grad: std::ptr::null(),
-            output: std::ptr::null_mut(),
+            tensors,
             scale: first,
             offset: second,
             min: std::ptr::null(),
             max: std::ptr::null(),
             grad_first: std::ptr::null_mut(),
             grad_second: std::ptr::null_mut(),
-            vectorized: 0,
             grid: Grid::new(self.grid, self.symmetric_range.unwrap_or(false)),
         };
         if self.symmetric_range.is_none() {
@@ -118,54 +116,35 @@ impl<C: Compute> Call<'_, C> {
     }
 }
 
-fn types(operation: usize, stored: Stored) -> [&'static str; 3] {
-    [OPERATIONS[operation], stored.name, stored.compute]
+fn forward_kernel<C>(operation: usize, stored: Stored) -> Kernel {
+    let [forward, _] = OPERATIONS[operation];
+    skeleton::map_kernel::<AffineArgs<C>>(FILE, forward, stored)
 }
 
-fn forward_kernel<C>(types: [&'static str; 3]) -> Kernel {
-    skeleton::elementwise_kernel::<AffineArgs<C>>(FILE, "AffineForward", types)
+fn input_gradient_kernel<C>(operation: usize, stored: Stored) -> Kernel {
+    let [_, backward] = OPERATIONS[operation];
+    skeleton::map_kernel::<AffineArgs<C>>(FILE, backward, stored)
 }
 
-fn input_gradient_kernel<C>(types: [&'static str; 3]) -> Kernel {
-    skeleton::elementwise_kernel::<AffineArgs<C>>(FILE, "AffineBackward", types)
-}
-
-fn gradient_kernels<C>(types: [&'static str; 3]) -> ReduceKernels {
-    let partial_bytes = 2 * size_of::<f64>() as u64;
-    ReduceKernels::new::<AffineArgs<C>>(
-        FILE,
-        ("AffineBackward", types),
-        ("AffineSums", types[2]),
-        partial_bytes,
-    )
+fn gradient_kernels<C>(operation: usize, stored: Stored) -> ReduceKernels {
+    let [_, backward] = OPERATIONS[operation];
+    ReduceKernels::of_sums::<AffineArgs<C>>(FILE, backward, stored, ("AffineSums", 2))
 }
 
 /// The kernels of this file.
 pub fn kernels() -> Vec<Kernel> {
-    fn of<C>(types: [&'static str; 3]) -> Vec<Kernel> {
+    fn of<C>(operation: usize, stored: Stored) -> Vec<Kernel> {
         let mut kernels = vec![
-            forward_kernel::<C>(types),
-            input_gradient_kernel::<C>(types),
+            forward_kernel::<C>(operation, stored),
+            input_gradient_kernel::<C>(operation, stored),
         ];
-        kernels.extend(gradient_kernels::<C>(types).all());
+        kernels.extend(gradient_kernels::<C>(operation, stored).all());
         kernels
     }
     let every = (0..OPERATIONS.len()).flat_map(|operation| {
-        Stored::ALL.map(|stored| {
-            let types = types(operation, stored);
-            if stored.is_double() {
-                of::<f64>(types)
-            } else {
-                of::<f32>(types)
-            }
-        })
+        Stored::ALL.map(|stored| for_compute!(stored.is_double(), C => of::<C>(operation, stored)))
     });
     skeleton::distinct(every.flatten())
-}
-
-/// Whether memory begins where a 16-byte access may.
-pub fn is_aligned(pointers: &[*const c_void]) -> bool {
-    pointers.iter().all(|pointer| pointer.addr() % 16 == 0)
 }
 
 /// Quantizes, dequantizes or both.
@@ -176,15 +155,14 @@ pub fn is_aligned(pointers: &[*const c_void]) -> bool {
 pub unsafe fn forward<C: Compute>(
     launcher: &Launcher<'_>,
     call: &Call<'_, C>,
-    input: *const c_void,
+    input: *mut c_void,
     output: *mut c_void,
 ) -> Result<(), Failure> {
+    let tensors = Tensors::new([input, output, std::ptr::null_mut()]);
+    let kernel = forward_kernel::<C>(call.operation, call.stored);
     // SAFETY: by the contract.
     unsafe {
-        let mut args = call.args(launcher)?;
-        (args.input, args.output) = (input, output);
-        args.vectorized = u64::from(is_aligned(&[input, output]));
-        let kernel = forward_kernel::<C>(call.types());
+        let args = call.args(launcher, tensors)?;
         skeleton::elementwise(launcher, &kernel, args, call.geometry, call.stored)
     }
 }
@@ -197,28 +175,26 @@ pub unsafe fn backward<C: Compute>(
     launcher: &Launcher<'_>,
     call: &Call<'_, C>,
     grad: *const c_void,
-    input: *const c_void,
+    input: *mut c_void,
     grad_input: *mut c_void,
     encodings: [*mut C; 2],
 ) -> Result<(), Failure> {
-    let reduces = encodings.iter().any(|gradient| !gradient.is_null());
-    if !reduces && grad_input.is_null() {
-        return Ok(());
-    }
+    let data = [grad.cast_mut(), input, grad_input];
     // SAFETY: by the contract.
     unsafe {
-        let mut args = call.args(launcher)?;
-        (args.grad, args.input, args.output) = (grad, input, grad_input);
-        [args.grad_first, args.grad_second] = encodings;
-        let aligned = is_aligned(&[grad, input, grad_input]);
-        args.vectorized = u64::from(aligned);
-        if !reduces {
-            let kernel = input_gradient_kernel::<C>(call.types());
-            return skeleton::elementwise(launcher, &kernel, args, call.geometry, call.stored);
+        if encodings.iter().any(|gradient| !gradient.is_null()) {
+            let width = call.stored.width();
+            let plan = ReducePlan::new(call.geometry, width);
+            let mut args = call.args(launcher, Tensors::planned(data, &plan, width))?;
+            [args.grad_first, args.grad_second] = encodings;
+            let kernels = gradient_kernels::<C>(call.operation, call.stored);
+            return skeleton::reduce(launcher, &kernels, args, plan);
         }
-        let width = call.stored.width();
-        let plan = ReducePlan::new(call.geometry, width);
-        args.vectorized = u64::from(aligned && plan.is_aligned(width));
-        skeleton::reduce(launcher, &gradient_kernels::<C>(call.types()), args, plan)
+        if grad_input.is_null() {
+            return Ok(());
+        }
+        let args = call.args(launcher, Tensors::new(data))?;
+        let kernel = input_gradient_kernel::<C>(call.operation, call.stored);
+        skeleton::elementwise(launcher, &kernel, args, call.geometry, call.stored)
     }
 }

@@ -1,26 +1,29 @@
 //! The ops of floating-point formats on CUDA. The kernels are in `csrc/cuda/float.cu`.
 
-use super::affine::is_aligned;
 use super::device::Launcher;
 use super::geometry::ReducePlan;
 use super::kernel::{Kernel, Stored};
-use super::skeleton::{self, ReduceKernels};
+use super::skeleton::{self, ReduceKernels, Tensors};
 use super::Failure;
 use crate::encoding::{BlockGeometry, FloatFormat};
 use crate::kernels::cpu::float::Rounding;
 use crate::kernels::cpu::Compute;
+use crate::kernels::ffi::for_compute;
 use std::ffi::c_void;
 
 const FILE: &str = "float.cu";
 
+/// The operations and their gradients: without and with dequantization.
+const OPERATIONS: [[&str; 2]; 2] = [
+    ["FloatQuantize", "FloatQuantizeBackward"],
+    ["FloatQuantizeDequantize", "FloatQuantizeDequantizeBackward"],
+];
+
 #[repr(C)]
 struct FloatArgs<C> {
-    input: *const c_void,
-    grad: *const c_void,
-    output: *mut c_void,
+    tensors: Tensors<3>,
     scale: *const C,
     grad_scale: *mut C,
-    vectorized: u64,
     rounding: Rounding<C>,
 }
 
@@ -39,56 +42,43 @@ pub struct Call<'a, C> {
 }
 
 impl<C: Compute> Call<'_, C> {
-    fn types(&self) -> [&'static str; 3] {
-        types(self.dequantize, self.stored)
+    fn args(&self, tensors: Tensors<3>, grad_scale: *mut C) -> FloatArgs<C> {
+        FloatArgs {
+            tensors,
+            scale: self.scale,
+            grad_scale,
+            rounding: Rounding::new(self.format),
+        }
     }
 }
 
-fn types(dequantize: bool, stored: Stored) -> [&'static str; 3] {
-    let operation = if dequantize {
-        "FloatQuantizeDequantize"
-    } else {
-        "FloatQuantize"
-    };
-    [operation, stored.name, stored.compute]
+fn forward_kernel<C>(dequantize: bool, stored: Stored) -> Kernel {
+    let [forward, _] = OPERATIONS[usize::from(dequantize)];
+    skeleton::map_kernel::<FloatArgs<C>>(FILE, forward, stored)
 }
 
-fn forward_kernel<C>(types: [&'static str; 3]) -> Kernel {
-    skeleton::elementwise_kernel::<FloatArgs<C>>(FILE, "FloatForward", types)
+fn input_gradient_kernel<C>(dequantize: bool, stored: Stored) -> Kernel {
+    let [_, backward] = OPERATIONS[usize::from(dequantize)];
+    skeleton::map_kernel::<FloatArgs<C>>(FILE, backward, stored)
 }
 
-fn input_gradient_kernel<C>(types: [&'static str; 3]) -> Kernel {
-    skeleton::elementwise_kernel::<FloatArgs<C>>(FILE, "FloatBackward", types)
-}
-
-fn gradient_kernels<C>(types: [&'static str; 3]) -> ReduceKernels {
-    ReduceKernels::new::<FloatArgs<C>>(
-        FILE,
-        ("FloatBackward", types),
-        ("FloatSums", types[2]),
-        size_of::<f64>() as u64,
-    )
+fn gradient_kernels<C>(dequantize: bool, stored: Stored) -> ReduceKernels {
+    let [_, backward] = OPERATIONS[usize::from(dequantize)];
+    ReduceKernels::of_sums::<FloatArgs<C>>(FILE, backward, stored, ("FloatSums", 1))
 }
 
 /// The kernels of this file.
 pub fn kernels() -> Vec<Kernel> {
-    fn of<C>(types: [&'static str; 3]) -> Vec<Kernel> {
+    fn of<C>(dequantize: bool, stored: Stored) -> Vec<Kernel> {
         let mut kernels = vec![
-            forward_kernel::<C>(types),
-            input_gradient_kernel::<C>(types),
+            forward_kernel::<C>(dequantize, stored),
+            input_gradient_kernel::<C>(dequantize, stored),
         ];
-        kernels.extend(gradient_kernels::<C>(types).all());
+        kernels.extend(gradient_kernels::<C>(dequantize, stored).all());
         kernels
     }
     let every = [false, true].into_iter().flat_map(|dequantize| {
-        Stored::ALL.map(|stored| {
-            let types = types(dequantize, stored);
-            if stored.is_double() {
-                of::<f64>(types)
-            } else {
-                of::<f32>(types)
-            }
-        })
+        Stored::ALL.map(|stored| for_compute!(stored.is_double(), C => of::<C>(dequantize, stored)))
     });
     skeleton::distinct(every.flatten())
 }
@@ -101,19 +91,12 @@ pub fn kernels() -> Vec<Kernel> {
 pub unsafe fn forward<C: Compute>(
     launcher: &Launcher<'_>,
     call: &Call<'_, C>,
-    input: *const c_void,
+    input: *mut c_void,
     output: *mut c_void,
 ) -> Result<(), Failure> {
-    let args = FloatArgs {
-        input,
-        grad: std::ptr::null(),
-        output,
-        scale: call.scale,
-        grad_scale: std::ptr::null_mut(),
-        vectorized: u64::from(is_aligned(&[input, output])),
-        rounding: Rounding::new(call.format),
-    };
-    let kernel = forward_kernel::<C>(call.types());
+    let tensors = Tensors::new([input, output, std::ptr::null_mut()]);
+    let args = call.args(tensors, std::ptr::null_mut());
+    let kernel = forward_kernel::<C>(call.dequantize, call.stored);
     // SAFETY: by the contract.
     unsafe { skeleton::elementwise(launcher, &kernel, args, call.geometry, call.stored) }
 }
@@ -126,32 +109,25 @@ pub unsafe fn backward<C: Compute>(
     launcher: &Launcher<'_>,
     call: &Call<'_, C>,
     grad: *const c_void,
-    input: *const c_void,
+    input: *mut c_void,
     grad_input: *mut c_void,
     grad_scale: *mut C,
 ) -> Result<(), Failure> {
-    let aligned = is_aligned(&[grad, input, grad_input]);
-    let mut args = FloatArgs {
-        input,
-        grad,
-        output: grad_input,
-        scale: call.scale,
-        grad_scale,
-        vectorized: u64::from(aligned),
-        rounding: Rounding::new(call.format),
-    };
+    let data = [grad.cast_mut(), input, grad_input];
     // SAFETY: by the contract.
     unsafe {
         if !grad_scale.is_null() {
             let width = call.stored.width();
             let plan = ReducePlan::new(call.geometry, width);
-            args.vectorized = u64::from(aligned && plan.is_aligned(width));
-            return skeleton::reduce(launcher, &gradient_kernels::<C>(call.types()), args, plan);
+            let args = call.args(Tensors::planned(data, &plan, width), grad_scale);
+            let kernels = gradient_kernels::<C>(call.dequantize, call.stored);
+            return skeleton::reduce(launcher, &kernels, args, plan);
         }
         if grad_input.is_null() {
             return Ok(());
         }
-        let kernel = input_gradient_kernel::<C>(call.types());
+        let args = call.args(Tensors::new(data), grad_scale);
+        let kernel = input_gradient_kernel::<C>(call.dequantize, call.stored);
         skeleton::elementwise(launcher, &kernel, args, call.geometry, call.stored)
     }
 }

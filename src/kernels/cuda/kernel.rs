@@ -1,22 +1,26 @@
 //! The instances of the templates in `csrc/cuda`, and the text that NVRTC compiles for them.
 
+macro_rules! files {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_str!(concat!("../../../csrc/cuda/", $name)))),*]
+    };
+}
+
 /// The files of `csrc/cuda`, by the names they include each other with.
-pub const FILES: [(&str, &str); 9] = [
-    ("device.cuh", include_str!("../../../csrc/cuda/device.cuh")),
-    (
-        "geometry.cuh",
-        include_str!("../../../csrc/cuda/geometry.cuh"),
-    ),
-    (
-        "elementwise.cuh",
-        include_str!("../../../csrc/cuda/elementwise.cuh"),
-    ),
-    ("reduce.cuh", include_str!("../../../csrc/cuda/reduce.cuh")),
-    ("range.cuh", include_str!("../../../csrc/cuda/range.cuh")),
-    ("affine.cu", include_str!("../../../csrc/cuda/affine.cu")),
-    ("float.cu", include_str!("../../../csrc/cuda/float.cu")),
-    ("min_max.cu", include_str!("../../../csrc/cuda/min_max.cu")),
-    ("range.cu", include_str!("../../../csrc/cuda/range.cu")),
+pub const FILES: [(&str, &str); 13] = files![
+    "device.cuh",
+    "geometry.cuh",
+    "elementwise.cuh",
+    "reduce.cuh",
+    "functor.cuh",
+    "math.cuh",
+    "range.cuh",
+    "adaround.cu",
+    "affine.cu",
+    "float.cu",
+    "min_max.cu",
+    "range.cu",
+    "seq_mse.cu",
 ];
 
 /// Threads of a block; twin of `kThreads` in `device.cuh`.

@@ -1,20 +1,19 @@
 //! `min_max` on CUDA. The kernels are in `csrc/cuda/min_max.cu`.
 
-use super::affine::is_aligned;
 use super::device::Launcher;
 use super::geometry::ReducePlan;
 use super::kernel::{Kernel, Stored};
-use super::skeleton::{self, ReduceKernels};
+use super::skeleton::{self, ReduceKernels, Tensors};
 use super::Failure;
 use crate::encoding::BlockGeometry;
+use crate::kernels::ffi::for_compute;
 use std::ffi::c_void;
 
 #[repr(C)]
 struct MinMaxArgs<C> {
-    input: *const c_void,
+    tensors: Tensors<1>,
     min: *mut C,
     max: *mut C,
-    vectorized: u64,
 }
 
 fn reduce_kernels<C>(stored: Stored) -> ReduceKernels {
@@ -28,14 +27,9 @@ fn reduce_kernels<C>(stored: Stored) -> ReduceKernels {
 
 /// The kernels of this file.
 pub fn kernels() -> Vec<Kernel> {
-    skeleton::distinct(Stored::ALL.into_iter().flat_map(|stored| {
-        let kernels = if stored.is_double() {
-            reduce_kernels::<f64>(stored)
-        } else {
-            reduce_kernels::<f32>(stored)
-        };
-        kernels.all()
-    }))
+    skeleton::distinct(Stored::ALL.into_iter().flat_map(
+        |stored| for_compute!(stored.is_double(), C => reduce_kernels::<C>(stored).all()),
+    ))
 }
 
 /// Smallest and largest element of each block; NaN wins.
@@ -47,16 +41,15 @@ pub unsafe fn min_max<C>(
     launcher: &Launcher<'_>,
     stored: Stored,
     geometry: &BlockGeometry,
-    input: *const c_void,
+    input: *mut c_void,
     [min, max]: [*mut C; 2],
 ) -> Result<(), Failure> {
     let width = stored.width();
     let plan = ReducePlan::new(geometry, width);
     let args = MinMaxArgs {
-        input,
+        tensors: Tensors::planned([input], &plan, width),
         min,
         max,
-        vectorized: u64::from(is_aligned(&[input]) && plan.is_aligned(width)),
     };
     // SAFETY: by the contract.
     unsafe { skeleton::reduce(launcher, &reduce_kernels::<C>(stored), args, plan) }

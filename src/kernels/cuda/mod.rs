@@ -8,11 +8,13 @@
 //! - `nvrtc`, `cache`: from source text to machine code, once per architecture.
 //! - `driver`, `device`: loading and launching.
 //! - [`geometry`]: block geometry as kernels take it; how a reduction is cut into units of work.
-//! - `affine`, `float`, `min_max`, `range`: one file for each `.cu` file, with the arguments' twins.
+//! - `adaround`, `affine`, `float`, `min_max`, `range`, `seq_mse`: one file for each `.cu` file, with the
+//!   arguments' twins; `skeleton`: what they share.
 //!
 //! Nothing here waits for the device or allocates on it (scratch memory comes from torch), so after one
 //! warm-up call has compiled what it needs, an op can be captured into a CUDA graph.
 
+mod adaround;
 mod affine;
 mod cache;
 mod device;
@@ -24,6 +26,7 @@ pub mod kernel;
 mod min_max;
 mod nvrtc;
 mod range;
+mod seq_mse;
 mod skeleton;
 
 pub use device::{status, Status};
@@ -49,9 +52,13 @@ impl From<Error> for Failure {
 
 /// Every kernel there is.
 pub fn kernels() -> Vec<Kernel> {
-    let mut all = affine::kernels();
-    all.extend(float::kernels());
-    all.extend(min_max::kernels());
-    all.extend(range::kernels());
-    all
+    let files = [
+        adaround::kernels(),
+        affine::kernels(),
+        float::kernels(),
+        min_max::kernels(),
+        range::kernels(),
+        seq_mse::kernels(),
+    ];
+    files.concat()
 }

@@ -1,5 +1,5 @@
-//! Launching the skeletons of `csrc/cuda/elementwise.cuh` and `reduce.cuh`. A functor's module gives the kernels and
-//! its own arguments; the rest is here.
+//! Launching the skeletons of `csrc/cuda/elementwise.cuh` and `reduce.cuh` with the functors of `functor.cuh`. An
+//! operation's module gives its names and its own arguments; the rest is here.
 
 use super::device::Launcher;
 use super::geometry::{Geometry, ReducePlan};
@@ -7,6 +7,31 @@ use super::kernel::{Kernel, Stored};
 use super::Failure;
 use crate::encoding::BlockGeometry;
 use std::ffi::c_void;
+
+/// Twin of `Tensors`: the memory of a functor's tensors, inputs first, then outputs.
+#[repr(C)]
+pub struct Tensors<const N: usize> {
+    data: [*mut c_void; N],
+    vectorized: u64,
+}
+
+impl<const N: usize> Tensors<N> {
+    /// Tensors that are walked from their first element to the last.
+    pub fn new(data: [*mut c_void; N]) -> Self {
+        let aligned = data.iter().all(|pointer| pointer.addr() % 16 == 0);
+        Self {
+            data,
+            vectorized: u64::from(aligned),
+        }
+    }
+
+    /// The same, walked as a reduction's plan says, `width` elements at a time.
+    pub fn planned(data: [*mut c_void; N], plan: &ReducePlan, width: u64) -> Self {
+        let mut tensors = Self::new(data);
+        tensors.vectorized &= u64::from(plan.is_aligned(width));
+        tensors
+    }
+}
 
 /// Twin of `ElementwiseArgs`; `A` is the twin of the functor's `Args`.
 #[repr(C)]
@@ -23,17 +48,13 @@ struct ReduceArgs<A> {
     plan: ReducePlan,
 }
 
-/// `elementwise<functor<types..>>`, for a functor whose arguments are `A`.
-pub fn elementwise_kernel<A>(
-    file: &'static str,
-    functor: &'static str,
-    types: [&'static str; 3],
-) -> Kernel {
+/// `elementwise<Map<operation, stored, compute>>`, for an operation whose arguments are `A`.
+pub fn map_kernel<A>(file: &'static str, operation: &'static str, stored: Stored) -> Kernel {
     Kernel {
         file,
         function: "elementwise",
-        functor,
-        types,
+        functor: "Map",
+        types: [operation, stored.name, stored.compute],
         argument_bytes: size_of::<ElementwiseArgs<A>>(),
     }
 }
@@ -96,6 +117,24 @@ impl ReduceKernels {
             combine: kernel("combine_partials", base, [compute, "", ""]),
             partial_bytes,
         }
+    }
+
+    /// The reduction with `MapReduce<operation, stored, compute>`, whose class of sums, `sums<compute>`,
+    /// has `num_sums` of them.
+    pub fn of_sums<A>(
+        file: &'static str,
+        operation: &'static str,
+        stored: Stored,
+        (sums, num_sums): (&'static str, usize),
+    ) -> Self {
+        let types = [operation, stored.name, stored.compute];
+        let partial_bytes = (num_sums * size_of::<f64>()) as u64;
+        Self::new::<A>(
+            file,
+            ("MapReduce", types),
+            (sums, stored.compute),
+            partial_bytes,
+        )
     }
 
     /// The three of them.

@@ -1,6 +1,6 @@
 //! The kernels of the PTQ techniques: AdaRound's rounding and step, Sequential MSE's errors.
 
-use super::{status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
+use super::{integers, status, Affine, View, BFLOAT16, FLOAT16, FLOAT32, FLOAT64};
 use crate::encoding::BlockGeometry;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::adaround::{self, StepSettings, StepTensors};
@@ -181,6 +181,37 @@ pub struct AdaroundStep {
     beta: f64,
 }
 
+impl AdaroundStep {
+    pub(in crate::kernels) fn settings(&self) -> StepSettings {
+        StepSettings {
+            step: self.step.max(1) as u64,
+            learning_rate: self.learning_rate,
+            reg_param: self.reg_param,
+            beta: self.beta,
+        }
+    }
+
+    /// The tensors of the step over these weights.
+    pub(in crate::kernels) fn tensors<T>(&self, input: &View) -> StepTensors<T> {
+        StepTensors {
+            alpha: self.alpha.cast(),
+            exp_avg: self.exp_avg.cast(),
+            exp_avg_sq: self.exp_avg_sq.cast(),
+            output: self.output.cast(),
+            grad: self.grad.cast(),
+            input: input.data.cast(),
+        }
+    }
+}
+
+/// What is summed along rows, by its number in `csrc/engine.h`.
+pub(in crate::kernels) fn row_sum(kind: i32) -> Result<RowSum> {
+    let found = usize::try_from(kind).ok().and_then(|k| RowSum::ALL.get(k));
+    found
+        .copied()
+        .ok_or_else(|| Error::value("kind", "0, 1 or 2", kind.to_string()))
+}
+
 /// One step of AdaRound's optimization, in one pass.
 ///
 /// # Safety
@@ -197,20 +228,7 @@ pub unsafe extern "C" fn rimet_adaround_step(
         step: &AdaroundStep,
     ) -> Result<()> {
         let grid = affine.grid()?;
-        let settings = StepSettings {
-            step: step.step.max(1) as u64,
-            learning_rate: step.learning_rate,
-            reg_param: step.reg_param,
-            beta: step.beta,
-        };
-        let tensors = StepTensors {
-            alpha: step.alpha.cast::<T>(),
-            exp_avg: step.exp_avg.cast::<T>(),
-            exp_avg_sq: step.exp_avg_sq.cast::<T>(),
-            output: step.output.cast::<T>(),
-            grad: step.grad.cast::<T>(),
-            input: input.data.cast::<T>().cast_const(),
-        };
+        let (settings, tensors) = (step.settings(), step.tensors::<T>(input));
         // SAFETY: by the contract of the caller.
         unsafe {
             let geometry: BlockGeometry = affine.geometry(input)?;
@@ -224,6 +242,44 @@ pub unsafe extern "C" fn rimet_adaround_step(
     status(|| unsafe {
         let (affine, input, step) = (&*affine, &*input, &*step);
         for_types!(input.dtype, affine.double_compute, run(affine, input, step))
+    })
+}
+
+/// The gradient of `factor / 2 * |f(output) - f(target)|^2` with respect to `output`, in its place: `n` samples of
+/// `len` elements, each with its number among the target's; `f` is ReLU if `relu`, else nothing.
+///
+/// # Safety
+/// As `csrc/engine.h` says.
+#[no_mangle]
+pub unsafe extern "C" fn rimet_reconstruction_gradient(
+    output: *mut c_void,
+    target: *const c_void,
+    dtype: i32,
+    samples: *const i64,
+    n: i64,
+    len: i64,
+    factor: f64,
+    relu: i32,
+) -> i32 {
+    unsafe fn run<T: Element<C>, C: Compute>(
+        (output, target): (*mut c_void, *const c_void),
+        samples: &[i64],
+        len: usize,
+        factor: f64,
+        relu: bool,
+    ) -> Result<()> {
+        let (output, target) = (output.cast::<T>(), target.cast::<T>());
+        // SAFETY: by the contract of the caller.
+        unsafe {
+            adaround::reconstruction_gradient::<T, C>(output, target, samples, len, factor, relu)
+        };
+        Ok(())
+    }
+    let tensors = (output, target);
+    // SAFETY: by the contract.
+    status(|| unsafe {
+        let (samples, len) = (integers(samples, n), len.max(0) as usize);
+        for_types!(dtype, 0, run(tensors, samples, len, factor, relu != 0))
     })
 }
 
@@ -255,12 +311,10 @@ pub unsafe extern "C" fn rimet_row_sums(
         }
         Ok(())
     }
-    let kind = match kind {
-        0 => RowSum::SquaredDifference,
-        1 => RowSum::AbsoluteDifference,
-        _ => RowSum::Product,
-    };
     let size = (rows.max(0) as usize, columns.max(0) as usize);
     // SAFETY: by the contract.
-    status(|| unsafe { for_types!(dtype, 0, run(kind, a, b, size, sums)) })
+    status(|| unsafe {
+        let kind = row_sum(kind)?;
+        for_types!(dtype, 0, run(kind, a, b, size, sums))
+    })
 }

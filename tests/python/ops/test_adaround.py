@@ -27,7 +27,7 @@ GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[int] | None]]
 QMIN, QMAX = -8, 7
 
 
-def tensors(name: str, dtype: torch.dtype) -> dict[str, Any]:
+def tensors(name: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     """Weights beyond the grid's ends too, and rounding variables beyond the clamp."""
     shape, encoding, block = GEOMETRIES[name]
     generator = torch.Generator().manual_seed(3)
@@ -35,14 +35,14 @@ def tensors(name: str, dtype: torch.dtype) -> dict[str, Any]:
     def normal(size: tuple[int, ...], deviation: float) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64) * deviation
 
-    return {
+    found = {
         "x": normal(shape, 4.0).to(dtype),
         "alpha": normal(shape, 2.0).to(dtype),
         "grad": normal(shape, 1.0).to(dtype),
         "scale": 0.3 + torch.rand(encoding, generator=generator),
         "offset": torch.floor(torch.rand(encoding, generator=generator) * 5 - 2),
-        "block": block,
     }
+    return {key: tensor.to(device) for key, tensor in found.items()} | {"block": block}
 
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ def soft_rounded(x: Tensor, alpha: Tensor, scale: Tensor, offset: Tensor) -> Ten
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_soft_rounding_is_the_reference(name: str, dtype: torch.dtype) -> None:
-    t = tensors(name, dtype)
+def test_soft_rounding_is_the_reference(name: str, dtype: torch.dtype, device: str) -> None:
+    t = tensors(name, dtype, device)
     got = OPS.adaround_quantize_dequantize(
         t["x"], t["alpha"], t["scale"], t["offset"], QMIN, QMAX, True, t["block"]
     )
@@ -77,8 +77,10 @@ def test_soft_rounding_is_the_reference(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["per-channel", "blocks", "blocks-of-few"])
-def test_hard_rounding_takes_the_upper_level_where_alpha_is_not_negative(name: str) -> None:
-    t = tensors(name, torch.float32)
+def test_hard_rounding_takes_the_upper_level_where_alpha_is_not_negative(
+    name: str, device: str
+) -> None:
+    t = tensors(name, torch.float32, device)
     t["alpha"].view(-1)[::7] = 0.0
     got = OPS.adaround_quantize_dequantize(
         t["x"], t["alpha"], t["scale"], t["offset"], QMIN, QMAX, False, t["block"]
@@ -89,8 +91,8 @@ def test_hard_rounding_takes_the_upper_level_where_alpha_is_not_negative(name: s
 
 
 @pytest.mark.parametrize("name", [n for n in GEOMETRIES if n != "empty"])
-def test_gradient_of_alpha_is_autograds(name: str) -> None:
-    t = tensors(name, torch.float64)
+def test_gradient_of_alpha_is_autograds(name: str, device: str) -> None:
+    t = tensors(name, torch.float64, device)
     alpha = t["alpha"].clone().requires_grad_()
     x = t["x"].clone().requires_grad_()
     y = OPS.adaround_quantize_dequantize(
@@ -106,10 +108,10 @@ def test_gradient_of_alpha_is_autograds(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_where_nothing_is_clamped() -> None:
-    x = torch.rand(3, 8, dtype=torch.float64) * 2
-    alpha = (torch.rand(3, 8, dtype=torch.float64) - 0.5).requires_grad_()
-    scale, offset = torch.tensor(0.5).double(), torch.tensor(0.0).double()
+def test_gradcheck_where_nothing_is_clamped(device: str) -> None:
+    x = torch.rand(3, 8, dtype=torch.float64, device=device) * 2
+    alpha = (torch.rand(3, 8, dtype=torch.float64, device=device) - 0.5).requires_grad_()
+    scale, offset = torch.full((), 0.5).to(x), torch.zeros(()).to(x)
     assert torch.autograd.gradcheck(
         lambda a: OPS.adaround_quantize_dequantize(x, a, scale, offset, -8, 7), (alpha,)
     )
@@ -118,17 +120,18 @@ def test_gradcheck_where_nothing_is_clamped() -> None:
 
 @pytest.mark.parametrize("beta", [2.0, 7.5, 20.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_regularizer_and_its_gradient(dtype: torch.dtype, beta: float) -> None:
+def test_regularizer_and_its_gradient(dtype: torch.dtype, beta: float, device: str) -> None:
     """Nagel et al. 2020, equation 24."""
     generator = torch.Generator().manual_seed(0)
     alpha = (torch.randn(40_001, generator=generator) * 2).to(dtype)
     alpha[:3] = torch.tensor([0.0, 50.0, -50.0], dtype=dtype)  # undecided, up, down
+    alpha = alpha.to(device)
     leaf = alpha.clone().requires_grad_()
     got = OPS.adaround_regularizer(leaf, beta)
-    (got_grad,) = torch.autograd.grad(got, leaf, torch.tensor(0.5, dtype=got.dtype))
+    (got_grad,) = torch.autograd.grad(got, leaf, torch.full_like(got, 0.5))
     reference = alpha.double().requires_grad_()
     expected = (1 - (2 * rectified_sigmoid(reference) - 1).abs() ** beta).sum()
-    (expected_grad,) = torch.autograd.grad(expected, reference, torch.tensor(0.5).double())
+    (expected_grad,) = torch.autograd.grad(expected, reference, torch.full_like(expected, 0.5))
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # float32 terms: a logarithm within 2e-7 is multiplied by beta. Half precision rounds gradients.
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3}.get(dtype, 1e-2)
@@ -138,8 +141,8 @@ def test_regularizer_and_its_gradient(dtype: torch.dtype, beta: float) -> None:
 
 @pytest.mark.parametrize("reg_param", [0.0, 0.01])
 @pytest.mark.parametrize("name", [n for n in GEOMETRIES if n != "empty"])
-def test_fused_step_is_torchs_adam(name: str, reg_param: float) -> None:
-    t = tensors(name, torch.float64)
+def test_fused_step_is_torchs_adam(name: str, reg_param: float, device: str) -> None:
+    t = tensors(name, torch.float64, device)
     grid = (QMIN, QMAX, t["block"])
     reference = torch.nn.Parameter(t["alpha"].clone())
     optimizer = torch.optim.Adam([reference], lr=0.01)
@@ -165,6 +168,36 @@ def test_fused_step_is_torchs_adam(name: str, reg_param: float) -> None:
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reconstruction_gradient_is_autograds(dtype: torch.dtype, relu: bool, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(7, 3, 70, 60, generator=generator).to(device, dtype)
+    output = torch.randn(5, 3, 70, 60, generator=generator).to(device, dtype)
+    output.view(-1)[::11] = 0.0  # ReLU's corner has gradient 0, as torch's
+    samples = torch.tensor([6, 0, 0, 3, 5], device=device)
+    f = torch.relu if relu else torch.clone
+    leaf = output.double().requires_grad_()
+    loss = 0.5 * 0.3 * (f(leaf) - f(target.double()[samples])).square().sum()
+    (expected,) = torch.autograd.grad(loss, leaf)
+    # Half precision rounds the result once.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 8e-3)
+    other_layout = target.to(memory_format=torch.channels_last)
+    for t, chosen in ((target, samples), (other_layout, samples), (target[samples], None)):
+        got = output.clone()
+        OPS.reconstruction_gradient_(got, t, chosen, factor=0.3, relu=relu)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_reconstruction_gradient_of_nothing_and_of_nan(device: str) -> None:
+    empty = torch.empty(0, 4, device=device)
+    OPS.reconstruction_gradient_(empty, empty, None, factor=1.0, relu=True)
+    output = torch.tensor([[float("nan"), 1.0, -1.0]], device=device)
+    target = torch.tensor([[1.0, float("nan"), float("nan")]], device=device)
+    OPS.reconstruction_gradient_(output, target, None, factor=1.0, relu=True)
+    assert output.isnan().tolist() == [[True, True, False]]
+
+
 def _step(t: dict[str, Any], call: Any = None) -> list[Tensor]:
     state = [t["alpha"].clone(), torch.zeros_like(t["x"]), torch.zeros_like(t["x"])]
     output = torch.empty_like(t["x"])
@@ -174,6 +207,26 @@ def _step(t: dict[str, Any], call: Any = None) -> list[Tensor]:
             step=step, learning_rate=0.01, reg_param=0.01, beta=8.0,
         )  # fmt: skip
     return [*state, output]
+
+
+def test_grids_beyond_float32_are_computed_in_float64(device: str) -> None:
+    x = torch.tensor([0.1, -3.7, 123.456], device=device)
+    alpha = torch.tensor([0.3, -0.2, 0.0], device=device)
+    scale, offset = torch.tensor(1e-7, device=device), torch.tensor(0.0, device=device)
+    ends = (-(2**31), 2**31 - 1)
+    got = OPS.adaround_quantize_dequantize(x, alpha, scale, offset, *ends)
+    wide = scale.double()
+    expected = (torch.floor(x.double() / wide) + rectified_sigmoid(alpha.double())) * wide
+    # The result is rounded to float32 once; steps of 1e-7 are far below that.
+    torch.testing.assert_close(got, expected.float(), rtol=1e-7, atol=0)
+    state = [alpha.clone(), torch.zeros_like(x), torch.zeros_like(x)]
+    output, grad = torch.empty_like(x), torch.full_like(x, 1e7)
+    OPS.adaround_step_(
+        *state, output, grad, x, scale, offset, *ends, None,
+        step=1, learning_rate=0.01, reg_param=0.0, beta=2.0,
+    )  # fmt: skip
+    # Adam's first step is the learning rate against the gradient's sign; float32 rounds alpha.
+    torch.testing.assert_close(state[0], alpha - 0.01, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -209,12 +262,16 @@ def test_devices_without_kernels_compute_the_same(name: str) -> None:
         a = composite(OPS.adaround_quantize_dequantize)(*arguments, soft, t["block"])
         b = OPS.adaround_quantize_dequantize(*arguments, soft, t["block"])
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    a, b = t["grad"].contiguous().clone(), t["grad"].contiguous().clone()
+    composite(OPS.reconstruction_gradient_)(a, t["x"], None, factor=0.3, relu=True)
+    OPS.reconstruction_gradient_(b, t["x"], None, factor=0.3, relu=True)
+    assert torch.equal(a, b)
     a = composite(OPS.adaround_regularizer)(t["alpha"], 6.0)
     torch.testing.assert_close(a, OPS.adaround_regularizer(t["alpha"], 6.0), rtol=1e-5, atol=0)
 
 
-def test_opcheck() -> None:
-    t = tensors("per-channel", torch.float32)
+def test_opcheck(device: str) -> None:
+    t = tensors("per-channel", torch.float32, device)
     alpha = t["alpha"].clone().requires_grad_()
     arguments = (t["x"], alpha, t["scale"], t["offset"], QMIN, QMAX, True, t["block"])
     opcheck(OPS.adaround_quantize_dequantize.default, arguments)
@@ -225,6 +282,12 @@ def test_opcheck() -> None:
         (*state, t["grad"], t["x"], t["scale"], t["offset"], QMIN, QMAX, None),
         {"step": 1, "learning_rate": 0.01, "reg_param": 0.0, "beta": 2.0},
         # It is no function of its inputs to be traced through autograd, but an optimizer's step.
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    opcheck(
+        OPS.reconstruction_gradient_.default,
+        (torch.randn(2, 5, device=device), torch.randn(2, 5, device=device), None),
+        {"factor": 1.0, "relu": True},
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -256,6 +319,28 @@ def test_opcheck() -> None:
             ),
             ValueError,
             ["step", "0"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(x, x[:3], None, factor=1.0, relu=True),
+            ValueError,
+            ["[3, 4]", "[4, 4]"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(x.t(), x, None, factor=1.0, relu=True),
+            ValueError,
+            ["contiguous"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(
+                x, x.clone(), torch.tensor([0, 1, 2, 4]), factor=1.0, relu=True
+            ),
+            IndexError,
+            ["samples", "below 4"],
+        ),
+        (
+            lambda x, s: OPS.reconstruction_gradient_(x, x.double(), None, factor=1.0, relu=True),
+            TypeError,
+            ["Double"],
         ),
     ],
 )  # fmt: skip

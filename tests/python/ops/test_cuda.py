@@ -9,6 +9,7 @@ import rimet
 import torch
 from torch import Tensor
 
+from . import test_adaround, test_seq_mse
 from .test_registry import ENTRIES, GEOMETRIES, OPS, tensors
 
 pytestmark = pytest.mark.cuda
@@ -47,6 +48,53 @@ def test_elementwise_results_are_those_of_the_cpu(
         (gx,) = torch.autograd.grad(y, arguments[:1], data["grad"])
         results.append([y.detach().cpu(), gx.cpu()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", test_adaround.GEOMETRIES)
+def test_adarounds_results_are_those_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        t = test_adaround.tensors(name, dtype, device)
+        alpha = t["alpha"].clone().requires_grad_()
+        arguments = (t["scale"], t["offset"], test_adaround.QMIN, test_adaround.QMAX)
+        soft = OPS.adaround_quantize_dequantize(t["x"], alpha, *arguments, True, t["block"])
+        (of_soft,) = torch.autograd.grad(soft, alpha, t["grad"])
+        (of_regularizer,) = torch.autograd.grad(OPS.adaround_regularizer(alpha, 7.5), alpha)
+        output = t["grad"].contiguous()
+        OPS.reconstruction_gradient_(output, t["x"], None, factor=0.3, relu=True)
+        found = [soft.detach(), of_soft, of_regularizer, output, *test_adaround._step(t)]
+        results.append([tensor.cpu() for tensor in found])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_adarounds_step_and_row_sums_are_captured_into_a_graph() -> None:
+    t = test_adaround.tensors("blocks", torch.float32, "cuda")
+    alpha = t["alpha"].clone().requires_grad_()
+
+    def work() -> list[Tensor]:
+        loss = OPS.adaround_regularizer(alpha, 4.0)
+        (grad,) = torch.autograd.grad(loss, alpha)
+        error = OPS.reconstruction_error(t["x"], t["grad"], "l1")
+        return [loss.detach(), grad, error, *test_adaround._step(t)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_row_sums_are_repeatable() -> None:
+    a, b = test_seq_mse.pair((3, 1_000_003), torch.float32, "cuda")
+    first = OPS.reconstruction_error(a, b)
+    assert all(torch.equal(first, OPS.reconstruction_error(a, b)) for _ in range(10))
 
 
 def test_sums_are_repeatable() -> None:

@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from . import test_adaround, test_seq_mse
 from .test_registry import (
     ENTRIES,
     FORMAT,
@@ -62,7 +63,7 @@ ON_CUDA = GEOMETRIES | {
 
 def through_cuda(op: Any) -> Callable[..., Any]:
     """The op's CUDA implementation, whatever its tensors are."""
-    return lambda *args: op.default._op_dk(CUDA, *args)
+    return lambda *args, **kwargs: op.default._op_dk(CUDA, *args, **kwargs)
 
 
 class CudaOps:
@@ -279,6 +280,114 @@ def test_every_value_of_a_format_is_the_cpus(fields: tuple[Any, ...], dtype: tor
             assert torch.equal(got.signbit()[numbers], expected.signbit()[numbers])
 
 
+# ---- the ops of the techniques ------------------------------------------------------------------------------
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """The same values, one element behind a 16-byte boundary."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("place", [lambda t: t, misaligned], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in test_adaround.GEOMETRIES if n != "empty"])
+def test_adaround_is_the_cpus(
+    name: str, dtype: torch.dtype, place: Callable[[Tensor], Tensor]
+) -> None:
+    t = test_adaround.tensors(name, dtype)
+    t |= {key: place(t[key]) for key in ("x", "alpha", "grad")}
+    encodings = (t["scale"], t["offset"], test_adaround.QMIN, test_adaround.QMAX)
+
+    def results(ops: Any) -> list[Tensor]:
+        arguments = (t["x"], t["alpha"], *encodings)
+        found = [ops.adaround_quantize_dequantize(*arguments, soft, t["block"]) for soft in (0, 1)]
+        found.append(ops.adaround_quantize_dequantize_backward(t["grad"], *arguments, t["block"]))
+        for beta in (1.0, 7.5):
+            grad = torch.tensor(0.25, dtype=compute_dtype(dtype))
+            found.append(ops.adaround_regularizer_backward(grad, t["alpha"], beta))
+        return found + test_adaround._step(t, ops.adaround_step_)
+
+    for got, expected in zip(results(CUDA_OPS), results(OPS), strict=True):
+        if dtype == torch.float64:
+            # Each side's own exponential and logarithm.
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        else:
+            assert same(got, expected)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reconstruction_gradient_is_the_cpus(dtype: torch.dtype, relu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, output = (torch.randn(n, 7, 601, generator=generator).to(dtype) for n in (4, 3))
+    output[0, 0, : len(HOSTILE)] = torch.tensor(HOSTILE).to(dtype)
+    for samples in (torch.tensor([3, 1, 1]), None):
+        t = target if samples is not None else target[:3]
+        got, expected = output.clone(), output.clone()
+        CUDA_OPS.reconstruction_gradient_(got, t, samples, factor=0.3, relu=relu)
+        OPS.reconstruction_gradient_(expected, t, samples, factor=0.3, relu=relu)
+        assert same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 5, 40_001, 300_000])
+def test_adaround_regularizer(n: int, dtype: torch.dtype) -> None:
+    alpha = (torch.randn(n, generator=torch.Generator().manual_seed(2)) * 2).to(dtype)
+    got = CUDA_OPS.adaround_regularizer(alpha, 5.0)
+    h = test_adaround.rectified_sigmoid(alpha.double())
+    expected = (1 - (2 * h - 1).abs() ** 5).sum()
+    assert got.dtype == compute_dtype(dtype)
+    # As on the CPU: float32 terms, of which up to 256 are added before float64 takes over.
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
+
+
+def test_adaround_with_hostile_values() -> None:
+    special = torch.tensor([*HOSTILE, 1e5, -1e5]).repeat(11)
+    x, alpha, grad = (special.roll(shift) for shift in (0, 1, 5))
+    encodings = (torch.tensor(0.3), torch.tensor(1.0), -8, 7)
+    t = {"x": x, "alpha": alpha, "grad": grad, "block": None}
+    t |= {"scale": encodings[0], "offset": encodings[1]}
+    for got, expected in zip(
+        [
+            CUDA_OPS.adaround_quantize_dequantize(x, alpha, *encodings, True, None),
+            *test_adaround._step(t, CUDA_OPS.adaround_step_),
+        ],
+        [
+            OPS.adaround_quantize_dequantize(x, alpha, *encodings, True, None),
+            *test_adaround._step(t),
+        ],
+        strict=True,
+    ):
+        assert same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*test_seq_mse.SHAPES, (3, 4, 130), (1, 300_001)], ids=str)
+@pytest.mark.parametrize("case", test_seq_mse.CASES)
+def test_row_sums(
+    case: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_seq_mse, "OPS", CUDA_OPS)
+    test_seq_mse.test_sums_are_those_of_float64(case, shape, dtype, "cpu")
+
+
+def test_launches_of_the_techniques(driver: ctypes.CDLL) -> None:
+    t = test_adaround.tensors("threads", torch.float32)
+    rows = torch.randn(5, 1000), torch.randn(1, 200_000)
+    calls: list[tuple[Callable[[], object], int]] = [
+        (lambda: test_adaround._step(t, CUDA_OPS.adaround_step_), 3),  # one for each of three steps
+        (lambda: CUDA_OPS.adaround_regularizer(t["alpha"][:5000], 2.0), 1),
+        (lambda: CUDA_OPS.adaround_regularizer(t["alpha"], 2.0), 2),  # partial sums are combined
+        (lambda: CUDA_OPS.row_dot(rows[0], rows[0]), 1),
+        (lambda: CUDA_OPS.reconstruction_error(rows[1]), 2),
+    ]
+    for call, launches in calls:
+        before = driver.host_driver_launches()
+        call()
+        assert driver.host_driver_launches() - before == launches
+
+
 def test_gradients_of_no_elements_are_zero() -> None:
     x = torch.empty(0, 6)
     gx, gs, go = CUDA_OPS.quantize_dequantize_backward(
@@ -336,6 +445,9 @@ def test_launches(geometry: str, forward: int, backward: int, driver: ctypes.CDL
         (lambda x, s: CUDA_OPS.quantize(x, s, s, 0, 5, None), ValueError, ["scale", "[4, 6]"]),
         (lambda x, s: CUDA_OPS.quantize(x.int(), s, s, 0, 5, [2]), TypeError, ["float16"]),
         (lambda x, s: CUDA_OPS.min_max(x[:0], [1], None), ValueError, ["empty", "[0, 6]"]),
+        (lambda x, s: CUDA_OPS.adaround_regularizer(x, 0.5), ValueError, ["beta", "0.5"]),
+        (lambda x, s: CUDA_OPS.adaround_regularizer(x.int(), 2.0), TypeError, ["float16"]),
+        (lambda x, s: CUDA_OPS.row_dot(x, x[:2]), ValueError, ["[4, 6]", "[2, 6]"]),
     ],
 )
 def test_hostile_input_is_a_typed_error(
@@ -366,9 +478,46 @@ print(*rimet._core.cuda_status(-1))
 """
 
 
-def run(**environment: str) -> str:
+# The engine's whole optimization of a layer on CPU tensors, whose ops are those of CUDA from some point on.
+LOOP = """
+import ctypes, os, torch
+from rimet import _core
+from rimet._weight_layers import linear_map
+ops, key = torch.ops.rimet, torch._C.DispatchKey.CUDA
+torch.manual_seed(0)
+layer = torch.nn.Conv2d(4, 6, 3, padding=1)
+x = [torch.randn(8, 4, 7, 7) for _ in range(5)]
+y = [layer(x) for x in x]
+scale = layer.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 2
+
+def optimize(activation):
+    found = _core.adaround_layer(
+        linear_map(layer), layer.weight, layer.bias, x, y, scale, torch.zeros_like(scale),
+        qmin=-2, qmax=1, block_size=None, activation=activation, num_iterations=150, reg_param=0.01,
+        beta_range=(20.0, 2.0), warm_start=0.2, learning_rate=1e-2, early_stop=1e-9, seed=0,
+    )
+    return found["weight"], found["loss_before"], found["loss_after"]
+
+cpu = [optimize(activation) for activation in (None, ("relu", [], None))]
+library = torch.library.Library("rimet", "IMPL")
+names = ("adaround_quantize_dequantize", "adaround_step_", "adaround_regularizer", "reconstruction_error")
+for name in (*names, "reconstruction_gradient_"):
+    op = getattr(ops, name).default
+    library.impl(name, lambda *args, op=op, **kwargs: op._op_dk(key, *args, **kwargs), "CPU")
+driver = ctypes.CDLL(os.environ["RIMET_LIBCUDA"]) if "libcuda_host" in os.environ["RIMET_LIBCUDA"] else None
+cuda = [optimize(activation) for activation in (None, ("relu", [], None))]
+for a, b in zip(cpu, cuda):
+    if driver:
+        assert torch.equal(a[0], b[0]), (a, b)
+        assert driver.host_driver_launches() >= 300
+    assert abs(a[1] - b[1]) <= 1e-5 * a[1] and b[2] < b[1] and abs(a[2] - b[2]) <= 0.05 * a[2]
+print(*_core.cuda_status(-1))
+"""
+
+
+def run(script: str = SCRIPT, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -382,6 +531,11 @@ def test_tensor_ops_take_over_and_say_why(host_driver_library: Path) -> None:
     assert "no CUDA driver" in run(RIMET_LIBCUDA="/nowhere/libcuda.so.1")
     text = run(RIMET_LIBNVRTC="/nowhere/libnvrtc.so")
     assert text.startswith("False") and "NVRTC cannot be opened" in text
+
+
+def test_adarounds_loop_takes_the_kernels_or_else_tensor_ops(host_driver_library: Path) -> None:
+    assert run(LOOP).startswith("True")
+    assert "no CUDA driver" in run(LOOP, RIMET_LIBCUDA="/nowhere/libcuda.so.1")
 
 
 def test_nvrtc_of_torch_compiles_and_the_cache_keeps(

@@ -178,6 +178,7 @@ ELSEWHERE = {
         "adaround_quantize_dequantize",
         "adaround_regularizer",
         "adaround_step_",
+        "reconstruction_gradient_",
     },
     "test_seq_mse": {"reconstruction_error", "row_dot"},
     "test_in_place": {"quantize_dequantize_range_"},

@@ -31,18 +31,20 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def pair(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pair(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    a, b = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    a, b = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     return a, b
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_sums_are_those_of_float64(case: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_sums_are_those_of_float64(
+    case: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
     op, reference = CASES[case]
-    a, b = pair(shape, dtype)
+    a, b = pair(shape, dtype, device)
     got = op(a, b)
     assert got.dtype == torch.float64 and got.shape == shape[:-1]
     # Terms are rounded to float32, and up to 256 of them are added in it before float64 takes over.
@@ -53,8 +55,8 @@ def test_sums_are_those_of_float64(case: str, shape: tuple[int, ...], dtype: tor
     )
 
 
-def test_a_strided_tensor_is_read_as_it_is_indexed() -> None:
-    a, b = pair((40, 30), torch.float32)
+def test_a_strided_tensor_is_read_as_it_is_indexed(device: str) -> None:
+    a, b = pair((40, 30), torch.float32, device)
     got = OPS.row_dot(a.t(), b.t())
     torch.testing.assert_close(got, (a.double() * b.double()).sum(0), rtol=1e-5, atol=1e-5)
 
@@ -87,8 +89,8 @@ def test_devices_without_kernels_compute_the_same(case: str) -> None:
     torch.testing.assert_close(got, CASES[case][0](a, b), rtol=1e-6, atol=1e-6)
 
 
-def test_opcheck() -> None:
-    a, b = pair((4, 9), torch.float32)
+def test_opcheck(device: str) -> None:
+    a, b = pair((4, 9), torch.float32, device)
     opcheck(OPS.reconstruction_error.default, (a, b, "mse"))
     opcheck(OPS.reconstruction_error.default, (a, None, "l1"))
     opcheck(OPS.row_dot.default, (a, b))

@@ -165,6 +165,13 @@ def test_the_activation_function_is_part_of_the_loss(activation: str) -> None:
     assert result["method"] == ("gram" if activation == "none" else "minibatch")
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "prelu", "silu"])
+def test_a_convolution_of_few_places_is_computed_as_a_linear_layer(activation: str) -> None:
+    # 8 rows for 8 output channels; a convolution over 150 places for 6 is one in the test above.
+    layer, x, noisy = quantized("conv2d with few places", "per-channel", symmetric=False)
+    assert check(layer, 2 * x, 2 * noisy, activation)["method"] == "minibatch"
+
+
 def test_both_methods_are_taken_and_agree_with_the_reference() -> None:
     # 4 input channels x 9 taps over 150 places against 16 x 9 over 8: many rows or many columns.
     assert check(*quantized("conv2d", "per-channel"))["method"] == "gram"
