@@ -1,7 +1,7 @@
 """A process that runs Sequential MSE and AdaRound on data of four times the memory budget.
 
 Prints a line of JSON: the budget, and for each technique the peak of anonymous resident memory above
-what the process held just before, in bytes.
+what the process held just before, in bytes. Names of techniques as arguments: only those.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def peak_above() -> Iterator[Callable[[], int]]:
         sampler.join()
 
 
-def main(toy: bool) -> None:
+def main(toy: bool, only: list[str]) -> None:
     rows, width, batches = (64, 32, 4) if toy else (4096, 512, 32)
     size = rows * width * 4 * batches
     budget = size // 4
@@ -80,6 +80,8 @@ def main(toy: bool) -> None:
 
     found = {"budget": budget}
     for technique in (seq_mse, adaround):
+        if only and technique.__name__ not in only:
+            continue
         # Code and buffers of the first call of anything are no activations.
         technique(layers(), Loader(2, (rows, width)), budget)
         model = layers()
@@ -90,4 +92,5 @@ def main(toy: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--toy" in sys.argv)
+    names = [argument for argument in sys.argv[1:] if argument != "--toy"]
+    main("--toy" in sys.argv, names)

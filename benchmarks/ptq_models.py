@@ -59,10 +59,15 @@ def resnet18(folded: bool) -> nn.Module:
 
 
 def chain(depth: int, width: int) -> nn.Module:
-    """Equal layers, one after the other."""
+    """Equal layers, one after the other. Weights keep the signal's size: with torch's own, all samples
+    become one and the same vector within thirty layers, and what a layer's error is, chance.
+    """
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(width, width), nn.ReLU()]
+        layer = nn.Linear(width, width)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers)
 
 

@@ -285,6 +285,8 @@ def seq_mse_layer(
     num_candidates: Any,
     inp_symmetry: Any,
     loss: Any,
+    shared_axis: Any = ...,
+    memory: Any = ...,
     progress: Any = ...,
 ) -> dict[str, Any]: ...
 def scale_quantizer_range(min: Any, max: Any, scale: Any) -> Any: ...

@@ -182,11 +182,14 @@ class WeightTechnique(abc.ABC):
         settings: what its results depend on besides model, data and seed; values that JSON can
             hold.
         progress: whether to show progress bars.
+        memory: bytes for a layer's inputs, and what is made of them, at a time; None: as the engine
+            likes.
     """
 
     name: str
     settings: dict[str, Any]
     progress: bool
+    memory: int | None = None
 
     @abc.abstractmethod
     def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
@@ -259,6 +262,7 @@ def treat_weights(
         seed=seed,
         progress=technique.name if technique.progress else None,
     )
+    technique.memory = walk.technique_bytes
     with contextlib.ExitStack() as undo:
         for layer in layers:
             before = {name: t.detach().clone() for name, t in technique.tensors(layer).items()}

@@ -287,66 +287,49 @@ class _SequentialMse(WeightTechnique):
         is_grouped = isinstance(quantizer, GroupedBlockQuantizeDequantize)
         is_shared = whole[output_axis] == 1 < channels and not is_grouped
         if is_shared and self.settings["shared_range"] == "widest":
-            # Each output channel chooses for itself.
+            # Each output channel chooses for itself, and the widest choice serves all.
             axis = output_axis
             shape = [channels if i == axis else n for i, n in enumerate(whole)]
             if blocks is not None:
                 blocks = [1] * (dims - len(blocks)) + blocks
                 blocks[axis] = 1
             low, high = low.expand(shape), high.expand(shape)
-        candidates = self.settings["num_candidates"]
-        with self.steps(layer, candidates) as progress:
-            result = self._engine(layer, (low, high), inputs, shape, blocks, candidates, progress)
-        low, high = result["min"], result["max"]
-        loss_after = result["loss_after"]
-        if axis is not None:
-            low = low.amin(axis).reshape(quantizer.shape)
-            high = high.amax(axis).reshape(quantizer.shape)
-            chosen = self._engine(
-                layer, (low, high), inputs, list(quantizer.shape), layer.block_size, 1
-            )
-            loss_after = chosen["loss_after"]
-        entry.done(
-            {"min": low, "max": high},
-            loss_before=result["loss_before"],
-            loss_after=loss_after,
-            bitwidth=quantizer.bitwidth,
-            method=result["method"],
-        )
-
-    def _engine(
-        self,
-        layer: Layer,
-        full_range: tuple[Tensor, Tensor],
-        inputs: tuple[list[Tensor], list[Tensor]],
-        shape: list[int],
-        block_size: list[int] | None,
-        num_candidates: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> dict[str, Any]:
-        """Chooses for encodings of a shape."""
-        quantizer = layer.quantizer
         grouping = None
         if isinstance(quantizer, GroupedBlockQuantizeDequantize):
             levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
             grouping = (list(quantizer.block_grouping), levels)
-        result: dict[str, Any] = _core.seq_mse_layer(
-            linear_map(layer.module),
-            layer.module.weight,
-            *full_range,
-            *inputs,
-            qmin=quantizer.qmin,
-            qmax=quantizer.qmax,
-            symmetric=quantizer.symmetric,
-            shape=shape,
-            block_size=block_size,
-            grouping=grouping,
-            num_candidates=num_candidates,
-            inp_symmetry=self.settings["inp_symmetry"],
-            loss=self.settings["loss_fn"],
-            progress=progress,
+        candidates = self.settings["num_candidates"]
+        with self.steps(layer, candidates) as progress:
+            result: dict[str, Any] = _core.seq_mse_layer(
+                linear_map(layer.module),
+                layer.module.weight,
+                low,
+                high,
+                *inputs,
+                qmin=quantizer.qmin,
+                qmax=quantizer.qmax,
+                symmetric=quantizer.symmetric,
+                shape=shape,
+                block_size=blocks,
+                grouping=grouping,
+                num_candidates=candidates,
+                inp_symmetry=self.settings["inp_symmetry"],
+                loss=self.settings["loss_fn"],
+                shared_axis=axis,
+                memory=self.memory,
+                progress=progress,
+            )
+        low, high = result["min"], result["max"]
+        if axis is not None:
+            low = low.select(axis, 0).reshape(quantizer.shape)
+            high = high.select(axis, 0).reshape(quantizer.shape)
+        entry.done(
+            {"min": low, "max": high},
+            loss_before=result["loss_before"],
+            loss_after=result["loss_after"],
+            bitwidth=quantizer.bitwidth,
+            method=result["method"],
         )
-        return result
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
         return {"min": layer.quantizer.min, "max": layer.quantizer.max}

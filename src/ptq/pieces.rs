@@ -1,73 +1,86 @@
-//! Inputs of a layer in pieces of bounded size, for forward passes and weight gradients.
+//! Inputs of a layer in pieces of bounded size.
 
 use crate::error::Result;
 use std::ops::Range;
 use tch::Tensor;
-
-/// Elements of the inputs held at a time: 64 MB of float32.
-const PIECE: usize = 1 << 24;
 
 /// Loads what belongs to one batch, each tensor with a dimension for samples in front.
 type Load<'a> = dyn Fn(usize) -> Result<Vec<Tensor>> + 'a;
 /// Makes of a piece what is handed on.
 type Prepare<'a> = dyn Fn(Vec<Tensor>) -> Result<Vec<Tensor>> + 'a;
 
-/// Batches of one shape, joined along their samples. If all fit into one piece they are loaded once and held; if
-/// not, each walk loads them anew.
+/// Samples of a batch.
+struct Part {
+    batch: usize,
+    samples: Range<i64>,
+}
+
+/// Batches joined along their samples where their samples are of one shape, and cut where they are large. If all
+/// fit into one piece they are loaded once and held; if not, each walk loads them anew.
 pub struct Pieces<'a> {
     load: Box<Load<'a>>,
     prepare: Box<Prepare<'a>>,
-    batches: Vec<Range<usize>>,
+    pieces: Vec<Vec<Part>>,
     held: Option<Vec<Vec<Tensor>>>,
 }
 
 impl<'a> Pieces<'a> {
+    /// `most`: elements of a piece, though never less than a sample.
+    ///
     /// # Errors
     /// Whatever `load` and `prepare` give.
     pub fn new(
         num_batches: usize,
+        most: usize,
         load: impl Fn(usize) -> Result<Vec<Tensor>> + 'a,
         prepare: impl Fn(Vec<Tensor>) -> Result<Vec<Tensor>> + 'a,
     ) -> Result<Self> {
-        let mut batches: Vec<Range<usize>> = vec![];
-        let mut loaded: Vec<Vec<Tensor>> = vec![];
+        let mut pieces: Vec<Vec<Part>> = vec![];
         let (mut shape, mut in_piece, mut total) = (vec![], 0, 0);
         for batch in 0..num_batches {
             let tensors = load(batch)?;
+            let samples = tensors[0].size()[0];
             let numel: usize = tensors.iter().map(Tensor::numel).sum();
-            let of_sample = tensors[0].size()[1..].to_vec();
-            match batches.last_mut() {
-                Some(piece) if shape == of_sample && in_piece + numel <= PIECE => {
-                    piece.end += 1;
-                    in_piece += numel;
+            let of_sample = (numel / samples.max(1) as usize).max(1);
+            let new_shape = tensors[0].size()[1..].to_vec();
+            let is_other = new_shape != shape;
+            shape = new_shape;
+            let mut begin = 0;
+            while begin < samples {
+                let room = most.saturating_sub(in_piece) / of_sample;
+                let starts = pieces.is_empty() || (is_other && begin == 0) || room == 0;
+                if starts {
+                    pieces.push(vec![]);
+                    in_piece = 0;
                 }
-                _ => {
-                    batches.push(batch..batch + 1);
-                    (shape, in_piece) = (of_sample, numel);
+                let room = if starts {
+                    (most / of_sample).max(1)
+                } else {
+                    room
+                };
+                let end = samples.min(begin + room as i64);
+                if let Some(piece) = pieces.last_mut() {
+                    piece.push(Part {
+                        batch,
+                        samples: begin..end,
+                    });
                 }
+                in_piece += (end - begin) as usize * of_sample;
+                begin = end;
             }
             total += numel;
-            if total <= PIECE {
-                loaded.push(tensors);
-            } else {
-                loaded.clear();
-            }
         }
-        let mut held = None;
-        if total <= PIECE {
-            let mut loaded = loaded.into_iter();
-            let joined = batches
-                .iter()
-                .map(|piece| prepare(join(loaded.by_ref().take(piece.len()).collect())?))
-                .collect::<Result<_>>()?;
-            held = Some(joined);
-        }
-        Ok(Self {
+        let mut all = Self {
             load: Box::new(load),
             prepare: Box::new(prepare),
-            batches,
-            held,
-        })
+            pieces,
+            held: None,
+        };
+        if total <= most {
+            let held = all.pieces.iter().map(|piece| all.make(piece));
+            all.held = Some(held.collect::<Result<_>>()?);
+        }
+        Ok(all)
     }
 
     /// Calls `body` with each piece.
@@ -78,11 +91,20 @@ impl<'a> Pieces<'a> {
         if let Some(held) = &self.held {
             return held.iter().try_for_each(|piece| body(piece));
         }
-        for piece in &self.batches {
-            let loaded = piece.clone().map(&self.load).collect::<Result<_>>()?;
-            body(&(self.prepare)(join(loaded)?)?)?;
+        for piece in &self.pieces {
+            body(&self.make(piece)?)?;
         }
         Ok(())
+    }
+
+    fn make(&self, piece: &[Part]) -> Result<Vec<Tensor>> {
+        let parts = piece.iter().map(|part| {
+            let count = part.samples.end - part.samples.start;
+            let tensors = (self.load)(part.batch)?;
+            let narrow = |t: &Tensor| Ok(t.f_narrow(0, part.samples.start, count)?);
+            tensors.iter().map(narrow).collect::<Result<Vec<_>>>()
+        });
+        (self.prepare)(join(parts.collect::<Result<_>>()?)?)
     }
 }
 
@@ -103,17 +125,21 @@ mod tests {
     use super::*;
     use tch::{Device, Kind};
 
-    fn walked(batches: &[Tensor]) -> Vec<Tensor> {
-        let pieces = Pieces::new(batches.len(), |i| Ok(vec![batches[i].shallow_clone()]), Ok);
-        let mut seen = vec![];
-        pieces
-            .unwrap()
-            .for_each(|piece| {
-                seen.push(piece[0].shallow_clone());
-                Ok(())
-            })
-            .unwrap();
-        seen
+    fn walked(batches: &[Tensor], most: usize) -> Vec<Tensor> {
+        let load = |i: usize| Ok(vec![batches[i].shallow_clone()]);
+        let pieces = Pieces::new(batches.len(), most, load, Ok).unwrap();
+        let walk = || {
+            let mut seen = vec![];
+            pieces
+                .for_each(|piece| {
+                    seen.push(piece[0].shallow_clone());
+                    Ok(())
+                })
+                .unwrap();
+            seen
+        };
+        assert_eq!(walk(), walk());
+        walk()
     }
 
     #[test]
@@ -123,7 +149,7 @@ mod tests {
             .iter()
             .map(|size| Tensor::randn(size, options))
             .collect();
-        let seen = walked(&batches);
+        let seen = walked(&batches, 1000);
         assert_eq!(seen.len(), 3);
         assert_eq!(seen[0], Tensor::cat(&batches[..2], 0));
         assert_eq!(
@@ -133,12 +159,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_is_loaded_anew() {
-        let row = PIECE as i64 / 4;
-        let batches: Vec<Tensor> = (0..3)
-            .map(|i| Tensor::full([2, row], i, (Kind::Int8, Device::Cpu)))
-            .collect();
-        let sizes: Vec<i64> = walked(&batches).iter().map(|p| p.size()[0]).collect();
-        assert_eq!(sizes, [4, 2]);
+    fn large_batches_are_cut_and_small_ones_fill_up() {
+        let all = Tensor::arange(60, (Kind::Float, Device::Cpu)).reshape([20, 3]);
+        let batches = [1, 9, 2, 8].map(|n| n);
+        let mut from = 0;
+        let batches = batches.map(|n| {
+            from += n;
+            all.narrow(0, from - n, n)
+        });
+        let seen = walked(&batches, 14);
+        let sizes: Vec<i64> = seen.iter().map(|p| p.size()[0]).collect();
+        assert_eq!(sizes, [4, 4, 4, 4, 4]);
+        assert_eq!(Tensor::cat(&seen, 0), all);
+        // A sample is never cut.
+        assert_eq!(walked(&batches, 1).len(), 20);
     }
 }

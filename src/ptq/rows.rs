@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 /// Elements of the rows held at a time: 64 MB of float32.
 const PIECE: i64 = 1 << 24;
 /// Columns of a Gram matrix computed at a time, from the diagonal on: half the products.
-const PANEL: i64 = 192;
+const PANEL: i64 = 128;
 
 /// One tensor per batch, asked for when its turn comes.
 pub type Batches<'a> = dyn Fn(usize) -> Result<Tensor> + 'a;

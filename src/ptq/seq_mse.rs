@@ -13,7 +13,8 @@
 mod pruned;
 
 use super::linear_map::{compute_kind, LinearMap};
-use super::rows::{for_each_piece, rows_of, Batches, Gram};
+use super::pieces::Pieces;
+use super::rows::{rows_of, Batches, Gram};
 use crate::calibration::fit_range_min_max;
 use crate::encoding::AffineGrid;
 use crate::error::{Error, Result};
@@ -99,7 +100,15 @@ pub struct Problem<'a> {
     pub float_input: &'a Batches<'a>,
     /// Input of the layer in the quantized model.
     pub quant_input: &'a Batches<'a>,
+    /// Bytes for inputs, and what is made of them, at a time. More than [`MOST_MEMORY`] are not used, and what
+    /// one sample takes, or [`LEAST_MEMORY`], may be.
+    pub memory: u64,
 }
+
+/// Larger pieces of the inputs would not make matrix products any faster.
+pub const MOST_MEMORY: u64 = 256 << 20;
+/// Smaller ones would make them slow.
+pub const LEAST_MEMORY: u64 = 1 << 20;
 
 /// Settings of the search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +116,8 @@ pub struct Config {
     pub num_candidates: u32,
     pub symmetry: InputSymmetry,
     pub loss: Loss,
+    /// An axis of the quantizer's shape along which all encodings get the widest of their choices.
+    pub shared_axis: Option<i64>,
 }
 
 /// How errors were computed.
@@ -126,8 +137,10 @@ pub struct Outcome {
     pub max: Tensor,
     /// Number of the chosen candidate of each encoding, 1 to `num_candidates`.
     pub candidate: Tensor,
-    /// Loss of the full range and of the chosen ones, summed over encodings.
+    /// Loss of the full range, summed over encodings; where a bound excluded it, an estimate by that bound and the
+    /// best candidate's loss.
     pub loss_before: f64,
+    /// Loss of the chosen ranges, summed over encodings.
     pub loss_after: f64,
     pub method: Method,
 }
@@ -137,8 +150,8 @@ pub type Progress<'a> = dyn FnMut(u32) -> Result<()> + 'a;
 
 /// Chooses the range of a layer's weight quantizer.
 ///
-/// Memory on top of the inputs: four times the weight, 64 MB of inputs, and either 64 MB of rows and three Gram
-/// matrices or the outputs of a piece of the inputs.
+/// Memory on top of the inputs: [`Problem::memory`], four times the weight, and three Gram matrices if it takes that
+/// way.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -172,12 +185,38 @@ pub fn seq_mse(
         true => pruned::losses(&search, progress)?,
         false => None,
     };
-    let (losses, method) = match pruned {
+    let found = match pruned {
         Some(found) => found,
-        None if search.gram_is_cheaper()? => (search.by_gram(progress)?, Method::Gram),
-        None => (search.by_rows(progress)?, Method::Rows),
+        None if search.gram_is_cheaper()? => {
+            Losses::complete(search.by_gram(progress)?, Method::Gram)?
+        }
+        None => Losses::complete(search.by_rows(progress)?, Method::Rows)?,
     };
-    search.choose(&losses, method)
+    search.choose(&found)
+}
+
+/// The losses that choices follow from.
+struct Losses {
+    /// Of each candidate, in the quantizer's shape; infinite where a bound excludes it.
+    losses: Vec<Tensor>,
+    /// Of the full range, see [`Outcome::loss_before`].
+    before: f64,
+    method: Method,
+}
+
+impl Losses {
+    fn complete(losses: Vec<Tensor>, method: Method) -> Result<Self> {
+        let before = losses.last().map_or(Ok(0.0), total)?;
+        Ok(Self {
+            losses,
+            before,
+            method,
+        })
+    }
+}
+
+fn total(losses: &Tensor) -> Result<f64> {
+    Ok(f64::try_from(losses.f_sum(Kind::Double)?)?)
 }
 
 /// Range of each candidate: `full range * i / num_candidates`, fitted to the grid.
@@ -240,6 +279,22 @@ impl Layout {
         let mut encodings = vec![1; size.len().saturating_sub(quantizer.shape.len())];
         encodings.extend(&quantizer.shape[extra..]);
         let (out_axis, in_axis) = if map.transposed() { (1, 0) } else { (0, 1) };
+        if let Some(blocks) = &quantizer.block_size {
+            let extra = size.len() - blocks.len().min(size.len());
+            let fit = |(i, &block): (usize, &i64)| {
+                block == -1 || block * encodings[extra + i] == size[extra + i]
+            };
+            if blocks.len() > size.len() || !blocks.iter().enumerate().all(fit) {
+                return Err(Error::value(
+                    "block_size",
+                    format!(
+                        "blocks that make {:?} encodings of {size:?}",
+                        quantizer.shape
+                    ),
+                    format!("{blocks:?}"),
+                ));
+            }
+        }
         if encodings[2..].iter().any(|&e| e != 1) {
             return Err(Error::value(
                 "block_size",
@@ -355,22 +410,56 @@ impl Search<'_> {
         self.layout.by_block(&self.problem.map.matrix(weight)?)
     }
 
-    /// Input rows of a batch, by block: those the candidates' outputs come from, and with
-    /// [`InputSymmetry::Asym`] those of the floating-point model.
-    fn load(&self, batch: usize) -> Result<Vec<Tensor>> {
-        let rows = |source: &Batches<'_>| -> Result<Tensor> {
-            let rows = rows_of(self.problem.map, &source(batch)?, self.weight)?;
-            self.layout.by_block(&rows)
+    /// Inputs, in the type that sums are computed in: those the candidates' outputs come from, and with
+    /// [`InputSymmetry::Asym`] also those of the floating-point model. `elements` says what the elements of one sample's
+    /// input, outputs and rows come to.
+    fn pieces<'p>(
+        &'p self,
+        elements: impl Fn(f64, f64, f64) -> f64,
+        prepare: impl Fn(Vec<Tensor>) -> Result<Vec<Tensor>> + 'p,
+    ) -> Result<Pieces<'p>> {
+        let problem = self.problem;
+        let map = problem.map;
+        let sources: Vec<&Batches<'_>> = match self.config.symmetry {
+            InputSymmetry::Symqt => vec![problem.quant_input],
+            InputSymmetry::Symfp => vec![problem.float_input],
+            InputSymmetry::Asym => vec![problem.quant_input, problem.float_input],
         };
-        Ok(match self.config.symmetry {
-            InputSymmetry::Symqt => vec![rows(self.problem.quant_input)?],
-            InputSymmetry::Symfp => vec![rows(self.problem.float_input)?],
-            InputSymmetry::Asym => {
-                vec![
-                    rows(self.problem.quant_input)?,
-                    rows(self.problem.float_input)?,
-                ]
-            }
+        let load = move |batch: usize| -> Result<Vec<Tensor>> {
+            let input = |source: &&Batches<'_>| map.batched(&source(batch)?.f_detach()?);
+            sources.iter().map(input).collect()
+        };
+        let first = &load(0)?[0];
+        let num_rows = map.num_rows_of_input(first, self.weight) as f64;
+        let (groups, layout) = (self.layout.groups as f64, self.layout);
+        let (rows, outputs) = (layout.blocks * layout.columns, layout.out);
+        let samples = first.size()[0].max(1) as f64;
+        let input = first.numel() as f64 / samples;
+        let of_sample = elements(
+            input,
+            num_rows * groups * outputs as f64 / samples,
+            num_rows * groups * rows as f64 / samples,
+        );
+        let kind = compute_kind(self.weight);
+        let memory = problem.memory.clamp(LEAST_MEMORY, MOST_MEMORY) as f64;
+        let samples = memory / (kind.elt_size_in_bytes() as f64 * of_sample.max(1.0));
+        let most = (samples * input) as usize;
+        Pieces::new(problem.num_batches, most, load, move |piece| {
+            let same_kind = |t: &Tensor| Ok(t.f_to_kind(kind)?);
+            prepare(piece.iter().map(same_kind).collect::<Result<_>>()?)
+        })
+    }
+
+    /// Rows of the inputs, by block: pieces of [`pieces`](Self::pieces).
+    fn for_each_rows(&self, mut body: impl FnMut(&[Tensor]) -> Result<()>) -> Result<()> {
+        // Rows are copied out, and again for blocks; a candidate's output, and the target.
+        let elements = |input, outputs, rows| 2.0 * (input + outputs + rows);
+        self.pieces(elements, Ok)?.for_each(|piece| {
+            let rows = |input: &Tensor| -> Result<Tensor> {
+                let rows = rows_of(self.problem.map, input, self.weight)?;
+                self.layout.by_block(&rows)
+            };
+            body(&piece.iter().map(rows).collect::<Result<Vec<_>>>()?)
         })
     }
 
@@ -422,26 +511,22 @@ impl Search<'_> {
             Loss::L1 => "l1",
             Loss::Mse | Loss::Sqnr => "mse",
         };
-        for_each_piece(
-            self.problem.num_batches,
-            |batch| self.load(batch),
-            |piece| {
-                let columns = piece[0].f_transpose(1, 2)?;
-                // W' x' - W x = (W' - W) x' - W (x - x').
-                let shift = self.shift(piece, &matrix)?;
-                if self.config.loss == Loss::Sqnr {
-                    let target = matrix.f_bmm(&self.target_rows(piece).f_transpose(1, 2)?)?;
-                    let _ = signal.f_add_(&reconstruction_error(&target, None, "mse")?)?;
-                }
-                for (i, range) in self.ranges.iter().enumerate() {
-                    let output = self.change(range)?.f_bmm(&columns)?;
-                    let error = reconstruction_error(&output, shift.as_ref(), loss)?;
-                    let _ = errors[i].f_add_(&error)?;
-                    progress(i as u32 + 1)?;
-                }
-                Ok(())
-            },
-        )?;
+        self.for_each_rows(|piece| {
+            let columns = piece[0].f_transpose(1, 2)?;
+            // W' x' - W x = (W' - W) x' - W (x - x').
+            let shift = self.shift(piece, &matrix)?;
+            if self.config.loss == Loss::Sqnr {
+                let target = matrix.f_bmm(&self.target_rows(piece).f_transpose(1, 2)?)?;
+                let _ = signal.f_add_(&reconstruction_error(&target, None, "mse")?)?;
+            }
+            for (i, range) in self.ranges.iter().enumerate() {
+                let output = self.change(range)?.f_bmm(&columns)?;
+                let error = reconstruction_error(&output, shift.as_ref(), loss)?;
+                let _ = errors[i].f_add_(&error)?;
+                progress(i as u32 + 1)?;
+            }
+            Ok(())
+        })?;
         self.losses(errors, &signal)
     }
 
@@ -462,21 +547,17 @@ impl Search<'_> {
         let zeros = |size: &[i64]| Tensor::f_zeros(size, (Kind::Double, self.weight.device()));
         let mut constant = zeros(&matrix.size()[..2])?;
         let mut cross = zeros(&matrix.size())?;
-        for_each_piece(
-            self.problem.num_batches,
-            |batch| self.load(batch),
-            |piece| {
-                gram.add(&piece[0])?;
-                if let Some(gram) = &mut target_gram {
-                    gram.add(self.target_rows(piece))?;
-                }
-                if let Some(shift) = self.shift(piece, &matrix)? {
-                    let _ = constant.f_add_(&reconstruction_error(&shift, None, "mse")?)?;
-                    let _ = cross.f_add_(&shift.f_bmm(&piece[0])?)?;
-                }
-                progress(0)
-            },
-        )?;
+        self.for_each_rows(|piece| {
+            gram.add(&piece[0])?;
+            if let Some(gram) = &mut target_gram {
+                gram.add(self.target_rows(piece))?;
+            }
+            if let Some(shift) = self.shift(piece, &matrix)? {
+                let _ = constant.f_add_(&reconstruction_error(&shift, None, "mse")?)?;
+                let _ = cross.f_add_(&shift.f_bmm(&piece[0])?)?;
+            }
+            progress(0)
+        })?;
         let kind = compute_kind(self.weight);
         let gram = gram.finish(kind)?;
         let signal = match self.config.loss {
@@ -536,24 +617,33 @@ impl Search<'_> {
             .collect()
     }
 
-    fn choose(&self, losses: &[Tensor], method: Method) -> Result<Outcome> {
+    /// Numbers of the chosen candidates, from 0.
+    fn best(&self, losses: &[Tensor]) -> Result<Tensor> {
         // The first of equal losses, as the direct search keeps it.
-        let stacked = Tensor::f_stack(losses, 0)?;
-        let best = stacked.f_argmin(0, false)?;
+        let best = Tensor::f_stack(losses, 0)?.f_argmin(0, false)?;
+        Ok(match self.config.shared_axis {
+            Some(axis) => best
+                .f_amax([axis].as_slice(), true)?
+                .f_expand_as(&best)?
+                .f_contiguous()?,
+            None => best,
+        })
+    }
+
+    fn choose(&self, found: &Losses) -> Result<Outcome> {
+        let best = self.best(&found.losses)?;
         let pick = |tensors: Vec<&Tensor>| -> Result<Tensor> {
             Ok(Tensor::f_stack(&tensors, 0)?
                 .f_gather(0, &best.f_unsqueeze(0)?, false)?
                 .f_squeeze_dim(0)?)
         };
-        let total = |t: &Tensor| -> Result<f64> { Ok(f64::try_from(t.f_sum(Kind::Double)?)?) };
-        let loss_before = losses.last().map_or(Ok(0.0), total)?;
         Ok(Outcome {
             min: pick(self.ranges.iter().map(|r| &r.0).collect())?,
             max: pick(self.ranges.iter().map(|r| &r.1).collect())?,
-            loss_after: total(&pick(losses.iter().collect())?)?,
-            loss_before,
+            loss_after: total(&pick(found.losses.iter().collect())?)?,
+            loss_before: found.before,
             candidate: best + 1,
-            method,
+            method: found.method,
         })
     }
 }

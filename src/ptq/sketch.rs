@@ -12,12 +12,11 @@
 
 use super::random::Random;
 use crate::error::Result;
+use crate::kernels::cpu::seq_mse::DIRECTIONS;
 use tch::{Kind, Tensor};
 
-/// Number of directions.
-pub const DIRECTIONS: i64 = 16;
 /// Rounds of subspace iteration.
-const ROUNDS: usize = 2;
+const ROUNDS: usize = 1;
 /// Directions with less than this share of the largest one's energy are left out: float32 does not hold them.
 const LEAST_SHARE: f64 = 1e-6;
 
@@ -25,7 +24,7 @@ const LEAST_SHARE: f64 = 1e-6;
 /// at most [`DIRECTIONS`]. `None` if the rows are not finite.
 pub fn dominant_directions(rows: &Tensor) -> Result<Option<Tensor>> {
     let size = rows.size();
-    let count = DIRECTIONS.min(size[0]).min(size[1]);
+    let count = (DIRECTIONS as i64).min(size[0]).min(size[1]);
     if count == 0 || !f64::try_from(rows.f_sum(Kind::Double)?)?.is_finite() {
         return Ok(None);
     }
@@ -97,7 +96,7 @@ mod tests {
                 Tensor::randn([90, rank], options).matmul(&Tensor::randn([rank, 40], options));
             let (below, exact) = bound(&rows, &e);
             assert!(bool::try_from(below.le_tensor(&(&exact * (1.0 + 1e-9))).all()).unwrap());
-            if rank <= DIRECTIONS {
+            if rank <= DIRECTIONS as i64 {
                 assert!(below.allclose(&exact, 1e-6, 0.0, false), "rank {rank}");
             }
         }

@@ -4,7 +4,9 @@ use super::error::to_py;
 use super::linear_map::{interruptible, PyLinearMap};
 use crate::encoding::AffineGrid;
 use crate::error::{Error, Result};
-use crate::ptq::seq_mse::{seq_mse, Config, InputSymmetry, Loss, Method, Problem, WeightQuantizer};
+use crate::ptq::seq_mse::{
+    seq_mse, Config, InputSymmetry, Loss, Method, Problem, WeightQuantizer, MOST_MEMORY,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyo3_tch::PyTensor;
@@ -14,10 +16,12 @@ use tch::Tensor;
 /// `loss_before`, `loss_after` and `method`. See `rimet::ptq::seq_mse`.
 ///
 /// `min`, `max`: the full range. `grouping`: blocks per group, per dimension of `shape`, and the number of integer scales.
+/// `shared_axis`: an axis of `shape` along which all get the widest range chosen. `memory`: bytes for inputs and what is
+/// made of them at a time.
 #[pyfunction]
 #[pyo3(signature = (
     map, weight, min, max, float_inputs, quant_inputs, *, qmin, qmax, symmetric, shape, block_size, grouping,
-    num_candidates, inp_symmetry, loss, progress=None
+    num_candidates, inp_symmetry, loss, shared_axis=None, memory=None, progress=None
 ))]
 #[allow(clippy::too_many_arguments)]
 fn seq_mse_layer<'py>(
@@ -37,12 +41,15 @@ fn seq_mse_layer<'py>(
     num_candidates: u32,
     inp_symmetry: &str,
     loss: &str,
+    shared_axis: Option<i64>,
+    memory: Option<u64>,
     progress: Option<PyObject>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let config = Config {
         num_candidates,
         symmetry: symmetry_of(inp_symmetry).map_err(to_py)?,
         loss: loss_of(loss).map_err(to_py)?,
+        shared_axis,
     };
     let quantizer = WeightQuantizer {
         grid: AffineGrid::new(qmin, qmax, 0.0).map_err(to_py)?,
@@ -77,6 +84,7 @@ fn seq_mse_layer<'py>(
             num_batches: needed,
             float_input: &|batch| load(&float_inputs, batch),
             quant_input: &|batch| load(&quant_inputs, batch),
+            memory: memory.unwrap_or(MOST_MEMORY),
         };
         seq_mse(&problem, &config, &mut |candidates| {
             report(u64::from(candidates))

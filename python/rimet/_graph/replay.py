@@ -6,10 +6,15 @@ A program is a guess until its result has equalled the model's own, bit for bit,
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from rimet._graph.inputs import ForwardFn, forward
@@ -19,39 +24,131 @@ from rimet._graph.program import (
     Reason,
     ReplayError,
     bits_equal,
+    geometry_of,
     own_run,
     signature_of,
 )
 from rimet._graph.program_recorder import record_program
-from rimet._graph.structure import flatten
+from rimet._graph.structure import Structure, flatten
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Replay", "verify"]
 
+_COSTLY = (nn.Linear, nn.modules.conv._ConvNd)
 
-def verify(program: Program, model: nn.Module, batch: Any, forward_fn: ForwardFn = forward) -> None:
+
+def verify(
+    program: Program,
+    model: nn.Module,
+    batch: Any,
+    forward_fn: ForwardFn = forward,
+    keep_bytes: int = 0,
+) -> None:
     """Runs a batch both ways, and trusts the program from then on if the results are the same bits.
 
     Best done with another batch than the recorded one.
 
+    Args:
+        program: not trusted yet.
+        model: that it is a record of.
+        batch: of its signature.
+        forward_fn: runs the model on the batch.
+        keep_bytes: memory for keeping what linear layers and convolutions are given and give in the
+            model's own run. Where the replay gives one of them the same bits, it need not run again.
+
     Raises:
         ReplayError: they are not, or a guard does not hold.
     """
-    _, error = _compare(program, model, batch, forward_fn)
+    _, error = _compare(program, model, batch, forward_fn, keep_bytes)
     if error is not None:
         raise error
 
 
+@dataclass
+class _Call:
+    """A module's call: what went in and came out, not copied, and how often either had been written to."""
+
+    inputs: list[torch.Tensor]
+    structure: Structure
+    output: torch.Tensor
+    versions: list[int]
+
+    def is_as_it_was(self) -> bool:
+        tensors = (*self.inputs, self.output)
+        return all(
+            not tensor.is_inference() and tensor._version == version
+            for tensor, version in zip(tensors, self.versions, strict=True)
+        )
+
+    def has(self, tensors: list[torch.Tensor], structure: Structure) -> bool:
+        """Whether it was made with these arguments, to the last bit."""
+        return structure.matches(self.structure) and all(
+            geometry_of(own) == geometry_of(other) and bits_equal(own, other)
+            for own, other in zip(self.inputs, tensors, strict=True)
+        )
+
+
+class _KeptCalls:
+    """Calls of the costly modules of a program, in a run of the model."""
+
+    def __init__(self, program: Program, model: nn.Module, keep_bytes: int) -> None:
+        names = {step.name for step in program.steps if step.kind == "module"}
+        modules = {name: model.get_submodule(name) for name in names}
+        self._modules = {n: m for n, m in modules.items() if isinstance(m, _COSTLY)}
+        self._left = keep_bytes
+        self._calls: dict[str, deque[_Call | None]] = {name: deque() for name in self._modules}
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within this context, calls are kept."""
+
+        versions: list[int] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = flatten((args, kwargs))[0]
+            # Inference tensors do not tell whether they were written to.
+            versions[:] = [-1 if x.is_inference() else x._version for x in inputs]
+
+        def after(
+            name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            inputs, structure = flatten((args, kwargs))
+            call = None
+            if isinstance(output, torch.Tensor) and not output.is_inference():
+                self._left -= bytes_of([*inputs, output])
+                if self._left >= 0:
+                    call = _Call(inputs, structure, output, [*versions, output._version])
+            self._calls[name].append(call)
+
+        with contextlib.ExitStack() as stack:
+            for name, module in self._modules.items():
+                hooks = (
+                    module.register_forward_pre_hook(before, with_kwargs=True),
+                    module.register_forward_hook(partial(after, name), with_kwargs=True),
+                )
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            yield
+
+    def outcome(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module's next call gave, if it was made with the same bits; None: not known."""
+        calls = self._calls.get(name)
+        call = calls.popleft() if calls else None
+        known = call is not None and call.is_as_it_was() and call.has(*flatten((args, kwargs)))
+        return call.output if call is not None and known else None
+
+
 def _compare(
-    program: Program, model: nn.Module, batch: Any, forward_fn: ForwardFn
+    program: Program, model: nn.Module, batch: Any, forward_fn: ForwardFn, keep_bytes: int = 0
 ) -> tuple[Any, ReplayError | None]:
     """The model's own result on a batch, and what speaks against the replay's."""
+    calls = _KeptCalls(program, model, keep_bytes)
     copied = batch
     if program.written_inputs:  # both runs need inputs that the other has not written to
         tensors, structure = flatten(batch)
         copied = structure.build([tensor.clone() for tensor in tensors])
-    with own_run(model):
+    with own_run(model), calls.keeping():
         own = forward_fn(model, batch)
     written = program.written_state
     if written:
@@ -59,7 +156,7 @@ def _compare(
     values = MeasuredTensors(program.outside)
     try:
         with own_run(model):
-            replayed = program.run(model, copied, values)
+            replayed = program.run(model, copied, values, calls.outcome)
     except ReplayError as error:
         return own, error
     tensors, structure = flatten(own)

@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Activation", "StreamingWalk", "Visit", "WalkReport"]
 
+#: Of the budget, for what a technique makes of a layer's inputs.
+TECHNIQUE_SHARE = 0.25
+
 
 class _Lazy(Sequence[torch.Tensor]):
     """A tensor for each batch, loaded when it is asked for."""
@@ -430,6 +433,8 @@ class StreamingWalk:
 
     Attributes:
         report: what the walk did.
+        technique_bytes: the part of the budget that is set aside for what the technique makes of a
+            layer's inputs. It is the same memory as that for running one batch: they take turns.
 
     Raises:
         ValueError: neither model, no batches, a path that is no module, or one inside another.
@@ -461,6 +466,7 @@ class StreamingWalk:
         folder = tempfile.gettempdir() if scratch_dir is None else os.fspath(scratch_dir)
         self._store = _core.ActivationStore(memory_budget, folder)
         self._store.reserve(memory_budget // 2)  # until it is known what a run takes
+        self.technique_bytes = int(memory_budget * TECHNIQUE_SHARE)
         self._batches = LiveBatches(self._store)
         self._sides: dict[str, _Side] = {}
         self._records: dict[str, Program] = {}
@@ -557,7 +563,7 @@ class StreamingWalk:
             self._sides[name] = side
             places.append(side.order(paths))
         if all(self.report.streamed.values()):
-            self._store.reserve(self._working_set)
+            self._store.reserve(max(self._working_set, self.technique_bytes))
         usage = self._store.usage()
         if usage["spilled"] or usage["resident"] > self._store.limit():
             # Memory for the activations: the batches themselves are hardly needed any more.
@@ -582,8 +588,9 @@ class StreamingWalk:
             program = record_program(model, self.batches[members[0]], self._forward, paths)[0]
             self._records.setdefault(name, program)
             self._store.trim()
+            free = self._store.limit() - self._store.usage()["resident"]
             try:
-                verify(program, model, self.batches[members[-1]], self._forward)
+                verify(program, model, self.batches[members[-1]], self._forward, max(free, 0))
             except ReplayError as error:
                 if error.reason not in (Reason.GUARD, Reason.SHAPE):
                     raise

@@ -19,7 +19,8 @@ pub struct Limits<V> {
 }
 
 impl<C: Compute> Limits<C> {
-    fn new(grid: &AffineGrid) -> Self {
+    /// Of a grid.
+    pub fn new(grid: &AffineGrid) -> Self {
         Self {
             qmin: C::from_f64(grid.qmin() as f64),
             qmax: C::from_f64(grid.qmax() as f64),
@@ -27,8 +28,9 @@ impl<C: Compute> Limits<C> {
         }
     }
 
+    /// The same in each lane.
     #[inline(always)]
-    fn splat<V: Vector<C>>(&self) -> Limits<V> {
+    pub fn splat<V: Vector<C>>(&self) -> Limits<V> {
         Limits {
             qmin: V::splat(self.qmin),
             qmax: V::splat(self.qmax),

@@ -1,9 +1,11 @@
 //! Reconstruction errors of Sequential MSE: sums along rows, read once, float32 terms in float64 sums.
 
+use super::affine::{AffineOp, Limits, QuantizeDequantize};
 use super::element::{load_up_to, Compute, Element, LANES};
 use super::isa::{dispatch, Body, Simd};
 use super::parallel::{for_each_range, Shared};
 use super::vector::Vector;
+use crate::encoding::AffineGrid;
 
 /// What is summed along a row, of `a` and `b`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,4 +139,181 @@ pub unsafe fn row_sums<T: Element<C>, C: Compute>(
         }
     });
     partial.chunks(chunks).map(|c| c.iter().sum()).collect()
+}
+
+/// Directions that changes of the weights are projected on.
+pub const DIRECTIONS: usize = 16;
+/// Vectors of a row that all candidates are taken through before the next ones: with these vectors of the
+/// directions (16 KiB) they stay in the first cache.
+const VECTORS: usize = 16;
+
+/// Rows of weights, and the ranges to try on them.
+pub struct Candidates<'a> {
+    /// `[rows, columns]`
+    pub weight: &'a [f32],
+    /// `[candidates, rows]`
+    pub scale: &'a [f32],
+    /// `[candidates, rows]`
+    pub offset: &'a [f32],
+    pub grid: &'a AffineGrid,
+    /// `[DIRECTIONS, columns]`
+    pub directions: &'a [f32],
+}
+
+/// Sixteen columns.
+type Columns = [f32; LANES];
+
+/// What one row becomes: for each candidate the change's projections and, last, its squared length.
+struct Projections<'a> {
+    weight: &'a [Columns],
+    scale_offset: &'a [[f32; 2]],
+    limits: Limits<f32>,
+    directions: &'a [[Columns; DIRECTIONS]],
+    output: &'a mut [[f64; DIRECTIONS + 1]],
+}
+
+impl Body for Projections<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let limits = self.limits.splat::<S::F32>();
+        let zeros = S::F32::splat(0.0);
+        let weights = self.weight.chunks(VECTORS);
+        for (weight, directions) in weights.zip(self.directions.chunks(VECTORS)) {
+            for (&[scale, offset], output) in self.scale_offset.iter().zip(&mut *self.output) {
+                let encoding = [S::F32::splat(scale), S::F32::splat(offset)];
+                let mut sums = [zeros; DIRECTIONS];
+                let mut square = zeros;
+                for (&w, directions) in weight.iter().zip(directions) {
+                    let w = S::F32::from_array(w);
+                    let change = QuantizeDequantize::value(w, encoding, &limits).sub(w);
+                    square = square.add(change.mul(change));
+                    for (sum, &direction) in sums.iter_mut().zip(directions) {
+                        *sum = sum.add(change.mul(S::F32::from_array(direction)));
+                    }
+                }
+                for (total, sum) in output.iter_mut().zip(sums) {
+                    *total += sum.sum();
+                }
+                output[DIRECTIONS] += square.sum();
+            }
+        }
+    }
+}
+
+/// A row by vectors. Columns that it has not are zero, which is on every grid.
+fn vectors(row: &[f32]) -> impl Iterator<Item = Columns> + '_ {
+    row.chunks(LANES).map(|columns| {
+        let mut vector = [0.0; LANES];
+        vector[..columns.len()].copy_from_slice(columns);
+        vector
+    })
+}
+
+/// For every candidate and row, with `e` the change that quantizing makes to the row: `e`'s products with the
+/// directions, and last `|e|^2`; `[candidates][rows]`. Weights are read once; float32 products, their
+/// sums float64 from sixteen terms on.
+///
+/// # Panics
+/// If the slices do not have as many elements as `rows` asks for.
+pub fn project_changes(
+    candidates: &Candidates<'_>,
+    rows: usize,
+) -> Vec<Vec<[f64; DIRECTIONS + 1]>> {
+    let Candidates {
+        weight,
+        scale,
+        offset,
+        grid,
+        directions,
+    } = *candidates;
+    let columns = weight.len() / rows.max(1);
+    let count = scale.len() / rows.max(1);
+    assert_eq!(weight.len(), rows * columns);
+    assert_eq!((scale.len(), offset.len()), (count * rows, count * rows));
+    assert_eq!(directions.len(), DIRECTIONS * columns);
+    let limits = Limits::new(grid);
+    let mut by_vector = vec![[[0.0; LANES]; DIRECTIONS]; columns.div_ceil(LANES)];
+    for (i, direction) in directions.chunks(columns.max(1)).enumerate() {
+        for (place, vector) in by_vector.iter_mut().zip(vectors(direction)) {
+            place[i] = vector;
+        }
+    }
+    let mut projections = vec![vec![[0.0; DIRECTIONS + 1]; rows]; count];
+    let outputs: Vec<_> = projections
+        .iter_mut()
+        .map(|of_candidate| Shared(of_candidate.as_mut_ptr()))
+        .collect();
+    // A candidate's work on an element is that of several in other kernels.
+    let grain = (super::parallel::GRAIN / (columns * count).max(1)).max(1);
+    for_each_range(rows, grain, |range| {
+        let mut found = vec![[0.0; DIRECTIONS + 1]; count];
+        for row in range {
+            found.fill([0.0; DIRECTIONS + 1]);
+            let scale_offset: Vec<[f32; 2]> = (0..count)
+                .map(|i| [scale[i * rows + row], offset[i * rows + row]])
+                .collect();
+            dispatch(Projections {
+                weight: &vectors(&weight[row * columns..(row + 1) * columns]).collect::<Vec<_>>(),
+                scale_offset: &scale_offset,
+                limits,
+                directions: &by_vector,
+                output: &mut found,
+            });
+            for (output, &values) in outputs.iter().zip(&found) {
+                // SAFETY: every row has a place of its own in each candidate's list.
+                unsafe { output.0.add(row).write(values) };
+            }
+        }
+    });
+    projections
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows of unequal remainders, asymmetric and symmetric grids, against float64.
+    #[test]
+    fn projections_are_those_of_each_change() {
+        let grid = AffineGrid::new(0, 15, 0.0).unwrap();
+        let (rows, count) = (3, 4);
+        for columns in [5, 16, 700] {
+            let number = |seed: usize| ((seed * 7919 + 13) % 1009) as f32 / 504.5 - 1.0;
+            let weight: Vec<f32> = (0..rows * columns).map(number).collect();
+            let directions: Vec<f32> = (0..DIRECTIONS * columns).map(|i| number(3 * i)).collect();
+            let scale: Vec<f32> = (1..=count * rows).map(|i| 0.02 * i as f32).collect();
+            let offset: Vec<f32> = (0..count * rows).map(|i| -(i as f32 % 15.0)).collect();
+            let candidates = Candidates {
+                weight: &weight,
+                scale: &scale,
+                offset: &offset,
+                grid: &grid,
+                directions: &directions,
+            };
+            let found = project_changes(&candidates, rows);
+            assert_eq!(found.len(), count);
+            for (at, found) in found.iter().flatten().enumerate() {
+                let row = &weight[at % rows * columns..][..columns];
+                let change: Vec<f64> = row
+                    .iter()
+                    .map(|&w| {
+                        let q = ((w / scale[at]).round_ties_even() - offset[at]).clamp(0.0, 15.0);
+                        f64::from((q + offset[at]) * scale[at] - w)
+                    })
+                    .collect();
+                for i in 0..DIRECTIONS {
+                    let direction = &directions[i * columns..][..columns];
+                    let terms = change.iter().zip(direction).map(|(e, &d)| e * f64::from(d));
+                    let expected: f64 = terms.sum();
+                    assert!(
+                        (found[i] - expected).abs() < 1e-5 * columns as f64,
+                        "{at} {i}"
+                    );
+                }
+                let square: f64 = change.iter().map(|e| e * e).sum();
+                assert!((found[DIRECTIONS] - square).abs() <= 1e-5 * square, "{at}");
+            }
+        }
+    }
 }

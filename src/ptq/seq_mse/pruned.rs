@@ -8,17 +8,21 @@
 
 use super::super::pieces::Pieces;
 use super::super::sketch::{dominant_directions, whitening};
-use super::{InputSymmetry, Loss, Method, Progress, Search, Sums};
+use super::{InputSymmetry, Loss, Losses, Method, Progress, Search, Sums};
 use crate::error::{Error, Result};
+use crate::kernels::cpu::seq_mse::{project_changes, Candidates, DIRECTIONS};
 use crate::ops::{quantize_dequantize, range_to_scale_offset, reconstruction_error, row_dot};
 use crate::ptq::linear_map::{compute_kind, LinearMap};
 use std::cmp::Ordering;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Bounds are float32 sums: a candidate is left out only if its bound is larger by this share than the least error.
 const MARGIN: f64 = 1e-3;
+/// The sketch and products with it are float32 sums: what is lost of a product, as a share of the lengths of its factors.
+/// Matters where a change is almost at a right angle to all inputs, as when these are close to one another.
+const ROUNDING: f64 = 2e-5;
 /// Input rows that the directions of the sketch are found on.
-const SAMPLE: i64 = 512;
+const SAMPLE: i64 = 256;
 /// Samples they come from, at least.
 const SAMPLES: i64 = 4;
 /// What it costs to copy an element of a convolution's input into its rows, in multiplications of a matrix product.
@@ -31,45 +35,48 @@ pub(super) fn applies(search: &Search<'_>) -> bool {
         && search.config.loss != Loss::L1
 }
 
-/// The loss of every candidate that can win, and of the last one; infinite for the others. `None` if the inputs
-/// are not finite.
-pub(super) fn losses(
-    search: &Search<'_>,
-    progress: &mut Progress<'_>,
-) -> Result<Option<(Vec<Tensor>, Method)>> {
+/// The loss of every candidate that can win, and of those that are chosen; infinite for the others. `None` if the
+/// inputs are not finite.
+pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result<Option<Losses>> {
     let layer = OneBlock::new(search)?;
     let Some(sketch) = layer.sketch()? else {
         return Ok(None);
     };
-    let bounds = layer.bounds(&sketch, progress)?;
+    let bounds = layer.bounds(&sketch)?;
     let (errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
     let mut found = Found::new(&bounds);
-    let num_encodings = layer.num_encodings;
-    let last = search.ranges.len() - 1;
+    let shape = &search.problem.quantizer.shape;
+    let tensors = |found: &Found| -> Result<Vec<Tensor>> {
+        let tensor = |losses: &Vec<f64>| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(losses)?
+                .f_reshape(shape)?
+                .f_to_device(search.weight.device())?)
+        };
+        found.losses.iter().map(tensor).collect()
+    };
     loop {
         let mut wanted = found.most_promising(&bounds);
-        if wanted.is_empty() {
-            wanted = (0..num_encodings)
-                .map(|encoding| (encoding, last))
-                .collect();
+        if wanted.is_empty() && search.config.shared_axis.is_some() {
+            // The widest of the choices may be one that an encoding's own bound excludes.
+            let best = search.best(&tensors(&found)?)?;
+            let best = Vec::<i64>::try_from(best.f_reshape([-1])?)?;
+            wanted = best.iter().map(|&i| i as usize).enumerate().collect();
             wanted.retain(|&(encoding, candidate)| found.losses[candidate][encoding].is_infinite());
         }
         if wanted.is_empty() {
             break;
         }
         // At most as many rows as the weight has.
-        for pairs in wanted.chunks(num_encodings) {
+        for pairs in wanted.chunks(layer.num_encodings) {
             found.enter(pairs, &layer.exact(pairs, &errors, &sketch.signal)?);
             progress(search.ranges.len() as u32)?;
         }
     }
-    let shape = &search.problem.quantizer.shape;
-    let losses = found.losses.iter().map(|losses| {
-        Ok(Tensor::f_from_slice(losses)?
-            .f_reshape(shape)?
-            .f_to_device(search.weight.device())?)
-    });
-    Ok(Some((losses.collect::<Result<_>>()?, method)))
+    Ok(Some(Losses {
+        losses: tensors(&found)?,
+        before: found.of_the_last(&bounds, sketch.target.is_some()),
+        method,
+    }))
 }
 
 /// Bounds and estimates of the losses, `[candidates][encodings]`.
@@ -139,6 +146,36 @@ impl Found {
             .collect()
     }
 
+    /// The sum of the last candidate's losses. One that was not computed is taken to differ from its estimate as the
+    /// best one does: by the same number where the outputs compared with come from other inputs, since that
+    /// difference is the same for all candidates, else by the same share of what is above the bound.
+    fn of_the_last(&self, bounds: &Bounds, asymmetric: bool) -> f64 {
+        let last = self.losses.len() - 1;
+        let of = |encoding: usize| {
+            let known = self.losses[last][encoding];
+            if known.is_finite() {
+                return known;
+            }
+            let (lower, estimate) = (
+                bounds.lower[last][encoding],
+                bounds.estimates[last][encoding],
+            );
+            let best = (0..last).find(|&i| self.losses[i][encoding] == self.best[encoding]);
+            let Some(best) = best else {
+                return estimate;
+            };
+            let above = |i: usize| bounds.estimates[i][encoding] - bounds.lower[i][encoding];
+            let guess = if asymmetric {
+                estimate + self.best[encoding] - bounds.estimates[best][encoding]
+            } else {
+                let of_best = self.best[encoding] - bounds.lower[best][encoding];
+                lower + above(last) * of_best / above(best).max(f64::MIN_POSITIVE)
+            };
+            guess.max(lower)
+        };
+        (0..self.best.len()).map(of).sum()
+    }
+
     fn enter(&mut self, pairs: &[(usize, usize)], losses: &[f64]) {
         for (&(encoding, candidate), &loss) in pairs.iter().zip(losses) {
             self.losses[candidate][encoding] = loss;
@@ -181,33 +218,27 @@ struct OneBlock<'a> {
 
 impl<'a> OneBlock<'a> {
     fn new(search: &'a Search<'a>) -> Result<Self> {
-        let (problem, map) = (search.problem, search.problem.map);
-        let kind = compute_kind(search.weight);
-        let input = move |source: &super::Batches<'_>, batch: usize| -> Result<Tensor> {
-            map.padded(&map.batched(&source(batch)?.f_detach()?.f_to_kind(kind)?)?)
-        };
-        let load = move |batch: usize| -> Result<Vec<Tensor>> {
-            Ok(match search.config.symmetry {
-                InputSymmetry::Symqt => vec![input(problem.quant_input, batch)?],
-                InputSymmetry::Symfp => vec![input(problem.float_input, batch)?],
-                InputSymmetry::Asym => vec![
-                    input(problem.quant_input, batch)?,
-                    input(problem.float_input, batch)?,
-                ],
-            })
-        };
-        let prepare = move |mut piece: Vec<Tensor>| -> Result<Vec<Tensor>> {
+        let map = search.problem.map;
+        let prepare = move |piece: Vec<Tensor>| -> Result<Vec<Tensor>> {
+            let padded = piece.iter().map(|input| map.padded(input));
+            let mut piece = padded.collect::<Result<Vec<_>>>()?;
             if let [quant, float] = piece.as_slice() {
                 let shift = outputs(map, &(float - quant), search.weight)?;
                 piece.insert(1, shift);
             }
             Ok(piece)
         };
+        let inputs = match search.config.symmetry {
+            InputSymmetry::Asym => 2.0,
+            InputSymmetry::Symqt | InputSymmetry::Symfp => 1.0,
+        };
+        // Joined and padded; outputs, what they are compared with, and the library's own copy of both in its layout.
+        let elements = |input, outputs, _| (2.0 + inputs) * input + (1.0 + inputs) * outputs;
         let values = |t: &Tensor| -> Result<Vec<f32>> { Ok(Vec::try_from(t.f_reshape([-1])?)?) };
         Ok(Self {
             search,
             map,
-            pieces: Pieces::new(problem.num_batches, load, prepare)?,
+            pieces: search.pieces(elements, prepare)?,
             out_axis: i64::from(map.transposed()),
             num_encodings: search.layout.out_encodings as usize,
             ranges: search
@@ -324,27 +355,97 @@ impl<'a> OneBlock<'a> {
         )?)?)
     }
 
-    fn bounds(&self, sketch: &Sketch, progress: &mut Progress<'_>) -> Result<Bounds> {
-        let directions = sketch.directions.f_transpose(0, 1)?.f_contiguous()?;
+    fn bounds(&self, sketch: &Sketch) -> Result<Bounds> {
         let mut bounds = Bounds {
             lower: vec![],
             estimates: vec![],
         };
-        for (i, range) in self.search.ranges.iter().enumerate() {
-            let change = self.search.change(range)?.f_squeeze_dim(0)?;
-            let target = sketch.target.as_ref();
-            let part = reconstruction_error(&change.f_matmul(&directions)?, target, "mse")?;
-            let rest = row_dot(&change, &change)? * sketch.rest;
-            let estimate = &part + rest;
+        let is_float = self.search.weight.kind() == Kind::Float;
+        let projected = match self.search.weight.device() {
+            Device::Cpu if is_float => self.projected_in_one_pass(sketch)?,
+            _ => self.projected_one_by_one(sketch)?,
+        };
+        let length = sketch
+            .directions
+            .f_square()?
+            .f_sum(Kind::Double)?
+            .f_sqrt()?;
+        let of_target = match &sketch.target {
+            Some(target) => row_dot(target, target)?.f_sqrt()?,
+            None => self.zeros(&[self.search.layout.out])?,
+        };
+        for (part, square) in projected {
+            let lost = (square.f_sqrt()? * &length + &of_target) * ROUNDING;
+            let lower = (part.f_sqrt()? - lost).f_clamp_min(0.0)?.f_square()? * (1.0 - MARGIN);
+            let estimate = part + square * sketch.rest;
             bounds
                 .lower
-                .push(self.per_encoding(&(part * (1.0 - MARGIN)), &sketch.signal)?);
+                .push(self.per_encoding(&lower, &sketch.signal)?);
             bounds
                 .estimates
                 .push(self.per_encoding(&estimate, &sketch.signal)?);
-            progress(i as u32 + 1)?;
         }
         Ok(bounds)
+    }
+
+    /// For each candidate the part of its errors along the sketch's directions, and the squared length of its change:
+    /// float64, `[out]`.
+    fn projected_one_by_one(&self, sketch: &Sketch) -> Result<Vec<(Tensor, Tensor)>> {
+        let directions = sketch.directions.f_transpose(0, 1)?.f_contiguous()?;
+        let projected = |range: &(Tensor, Tensor)| -> Result<(Tensor, Tensor)> {
+            let change = self.search.change(range)?.f_squeeze_dim(0)?;
+            let along = change.f_matmul(&directions)?;
+            let part = reconstruction_error(&along, sketch.target.as_ref(), "mse")?;
+            Ok((part, row_dot(&change, &change)?))
+        };
+        self.search.ranges.iter().map(projected).collect()
+    }
+
+    /// The same by the processor's kernel, which reads the weights once for all candidates.
+    fn projected_in_one_pass(&self, sketch: &Sketch) -> Result<Vec<(Tensor, Tensor)>> {
+        let values = |t: &Tensor| -> Result<Vec<f32>> { Ok(Vec::try_from(t.f_reshape([-1])?)?) };
+        let (search, quantizer) = (self.search, self.search.problem.quantizer);
+        let out = search.layout.out as usize;
+        let channels = out / self.num_encodings;
+        let by_channel = |ends: &[f32]| ends.iter().flat_map(|&x| vec![x; channels]).collect();
+        let (mut scale, mut offset) = (vec![], vec![]);
+        for (min, max) in &search.ranges {
+            let (scales, offsets) = quantizer.scale_offset(min, max)?;
+            scale.append(&mut by_channel(&values(&scales)?));
+            offset.append(&mut by_channel(&values(&offsets)?));
+        }
+        let columns = search.layout.columns as usize;
+        let mut directions = values(&sketch.directions)?;
+        directions.resize(DIRECTIONS * columns, 0.0);
+        let mut target = vec![[0.0; DIRECTIONS]; out];
+        if let Some(known) = &sketch.target {
+            let known = values(known)?;
+            for (row, known) in target.iter_mut().zip(known.chunks(known.len() / out)) {
+                for (to, &from) in row.iter_mut().zip(known) {
+                    *to = f64::from(from);
+                }
+            }
+        }
+        let candidates = Candidates {
+            weight: &values(&self.map.matrix(search.weight)?)?,
+            scale: &scale,
+            offset: &offset,
+            grid: &quantizer.grid,
+            directions: &directions,
+        };
+        let projections = project_changes(&candidates, out);
+        let sums = |rows: &Vec<[f64; DIRECTIONS + 1]>| -> Result<(Tensor, Tensor)> {
+            let part = rows.iter().zip(&target).map(|(row, target)| {
+                let squares = row.iter().zip(target).map(|(x, y)| (x - y) * (x - y));
+                squares.sum::<f64>()
+            });
+            let square = rows.iter().map(|row| row[DIRECTIONS]);
+            Ok((
+                Tensor::f_from_slice(&part.collect::<Vec<_>>())?,
+                Tensor::f_from_slice(&square.collect::<Vec<_>>())?,
+            ))
+        };
+        projections.iter().map(sums).collect()
     }
 
     /// Forward passes of the survivors, or the Gram matrix and products with it.
@@ -356,8 +457,7 @@ impl<'a> OneBlock<'a> {
     ) -> Result<(Errors, Method)> {
         let layout = self.search.layout;
         let (rows, columns) = (sketch.num_rows as f64, layout.columns as f64);
-        // The last candidate is computed too.
-        let products = (survivors + 1.0) * layout.out as f64;
+        let products = survivors * layout.out as f64;
         let copy = match self.map {
             LinearMap::Linear => 0.0,
             LinearMap::Convolution { .. } => COPY,

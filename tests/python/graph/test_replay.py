@@ -277,3 +277,53 @@ def test_one_tensor_in_two_places_is_a_signature_of_its_own() -> None:
     assert signature_of((x, 1)) != signature_of((x, True))
     assert signature_of(x.double()) != signature_of(x)
     assert hash(signature_of({"a": [x, None]})) == hash(signature_of({"a": [y, None]}))
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Costly(nn.Module):
+    """Linear layers whose results are kept, written to afterwards, and used by a second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.shared = (Counted(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(torch.sin(self.first(x)))
+        x += 1
+        y: torch.Tensor = self.shared(torch.cos(self.shared(x)))
+        return y
+
+
+def test_a_verification_runs_costly_modules_once_where_memory_allows() -> None:
+    torch.manual_seed(0)
+    model = Costly()
+    layers = [model.first, model.second, model.shared]
+    names = ["first", "second", "shared"]
+    # Written to after it was made, the second's result has to be the replay's own.
+    for keep_bytes, expected in ((1 << 20, [1, 2, 2]), (0, [2, 2, 4])):
+        program, _ = record_program(model, torch.randn(3, 4), wanted=names)
+        for layer in layers:
+            layer.calls = 0
+        verify(program, model, torch.randn(3, 4), keep_bytes=keep_bytes)
+        assert program.trusted
+        assert [layer.calls for layer in layers] == expected
+        x = torch.randn(3, 4)
+        assert_same(program.run(model, x), own(model, x))
+
+
+def test_a_wrong_record_is_found_out_with_kept_results_too() -> None:
+    torch.manual_seed(0)
+    model = Costly()
+    program, _ = record_program(model, torch.randn(3, 4), wanted=["first", "second", "shared"])
+    sine = next(step for step in program.steps if step.name == "aten::sin")
+    sine.function = torch.ops.aten.cos.default
+    with pytest.raises(ReplayError) as caught:
+        verify(program, model, torch.randn(3, 4), keep_bytes=1 << 20)
+    assert caught.value.reason is Reason.OUTPUT

@@ -42,6 +42,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 # More columns than Sequential MSE's bounds have directions.
 WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear, wide": (lambda: nn.Linear(96, 20), (40, 96)),
+    "linear, square": (lambda: nn.Linear(256, 256), (64, 256)),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,12 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         model = small()
         sim = QuantizationSimModel(model, batches()[0])
         apply_seq_mse(model, sim, batches(), SeqMseParams(7))
+
+
+def test_memory_stays_within_the_budget() -> None:
+    """Anonymous memory above the model's own, with data of four times the budget."""
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-m", "benchmarks.ptq_memory", "seq_mse"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["seq_mse"] <= found["budget"] == 64 << 20
