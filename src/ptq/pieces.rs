@@ -161,9 +161,8 @@ mod tests {
     #[test]
     fn large_batches_are_cut_and_small_ones_fill_up() {
         let all = Tensor::arange(60, (Kind::Float, Device::Cpu)).reshape([20, 3]);
-        let batches = [1, 9, 2, 8].map(|n| n);
         let mut from = 0;
-        let batches = batches.map(|n| {
+        let batches = [1, 9, 2, 8].map(|n| {
             from += n;
             all.narrow(0, from - n, n)
         });
