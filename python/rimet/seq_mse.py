@@ -261,7 +261,7 @@ class _SequentialMse(WeightTechnique):
         if cached is not None:
             entry.done(cached, note="its range is that of cache_dir", resumed=True)
             return
-        self.optimize(layer, visit.float_inputs, visit.quant_inputs, entry)
+        self.optimize(layer, visit.float_inputs, visit.quant_inputs, entry, own_scales=True)
         self._cache.store(layer.path, entry.tensors)
 
     def optimize(
@@ -270,21 +270,29 @@ class _SequentialMse(WeightTechnique):
         float_inputs: Sequence[Tensor],
         quant_inputs: Sequence[Tensor],
         entry: LayerEntry,
+        own_scales: bool = False,
     ) -> None:
-        """Chooses a layer's range, given its inputs by batch."""
+        """Chooses a layer's range, given its inputs by batch.
+
+        ``own_scales``: blocks that share two-level scales (LPBQ) choose as if each had its own, and
+        the losses are those of the own scales. The choices of a group's blocks differ, so that the
+        scales they end with are none of those that a search with two-level scales compares.
+        """
         quantizer = layer.quantizer
         # A spilled tensor is a mapped file: the list holds no memory of its own.
         wanted = {"symqt": (False, True), "symfp": (True, False), "asym": (True, True)}
         use_float, use_quant = wanted[self.settings["inp_symmetry"]]
         inputs = list(float_inputs) if use_float else [], list(quant_inputs) if use_quant else []
+        is_grouped = isinstance(quantizer, GroupedBlockQuantizeDequantize)
         low, high = quantizer.get_min(), quantizer.get_max()
+        if is_grouped and own_scales:
+            low, high = quantizer.min.detach(), quantizer.max.detach()
         assert low is not None and high is not None
         shape, blocks, axis = list(quantizer.shape), layer.block_size, None
         dims = layer.module.weight.dim()
         output_axis = 1 if isinstance(layer.module, TRANSPOSED) else 0
         channels = layer.module.weight.shape[output_axis]
         whole = [1] * (dims - len(shape)) + shape
-        is_grouped = isinstance(quantizer, GroupedBlockQuantizeDequantize)
         is_shared = whole[output_axis] == 1 < channels and not is_grouped
         if is_shared and self.settings["shared_range"] == "widest":
             # Each output channel chooses for itself, and the widest choice serves all.
@@ -295,7 +303,7 @@ class _SequentialMse(WeightTechnique):
                 blocks[axis] = 1
             low, high = low.expand(shape), high.expand(shape)
         grouping = None
-        if isinstance(quantizer, GroupedBlockQuantizeDequantize):
+        if isinstance(quantizer, GroupedBlockQuantizeDequantize) and not own_scales:
             levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
             grouping = (list(quantizer.block_grouping), levels)
         candidates = self.settings["num_candidates"]

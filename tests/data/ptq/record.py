@@ -2,8 +2,9 @@
 
     .venv-peers/bin/python tests/data/ptq/record.py
 
-Writes ``seq_mse.safetensors`` (weights, inputs, chosen ranges) and ``lpbq.safetensors`` (two-level
-scales), with the versions in the metadata.
+Writes ``seq_mse.safetensors`` (weights, inputs, chosen ranges), ``lpbq.safetensors`` (two-level
+scales) and ``seq_mse_lpbq.safetensors`` (chosen ranges of a model with two-level scales), with the
+versions in the metadata.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 import aimet_torch.quantization.affine as affine
 import torch
 from aimet_torch.nn import QuantizationMixin
-from aimet_torch.seq_mse import SeqMseParams, SequentialMse
+from aimet_torch.quantsim import QuantizationSimModel
+from aimet_torch.quantsim.config_utils import set_grouped_blockwise_quantization_for_weights
+from aimet_torch.seq_mse import SeqMseParams, SequentialMse, apply_seq_mse
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -96,6 +99,25 @@ def main() -> None:
             }
     scales = {name: tensor.contiguous().clone() for name, tensor in scales.items()}
     save_file(scales, HERE / "lpbq.safetensors", VERSIONS)
+    record_model()
+
+
+def record_model() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 12), torch.nn.ReLU(), torch.nn.Linear(12, 5))
+    x = torch.randn(48, 64) + torch.randn(48, 1)
+    sim = QuantizationSimModel(model, x, default_param_bw=4)
+    first = sim.model.get_submodule("0")
+    set_grouped_blockwise_quantization_for_weights(sim, [first], 4, True, 8, 16, -1)
+    apply_seq_mse(sim, [x], 20)
+    tensors = {"x": x}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.clone()
+    for path in ("0", "2"):
+        quantizer = sim.model.get_submodule(path).param_quantizers["weight"]
+        tensors |= {f"{path}.min": quantizer.min.detach(), f"{path}.max": quantizer.max.detach()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, HERE / "seq_mse_lpbq.safetensors", VERSIONS)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import rimet.nn
 import torch
+from rimet import QuantizationSimModel
 from rimet.adaround.adaround_loss import AdaroundHyperParameters, AdaroundLoss
 from rimet.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
-from rimet.seq_mse import SeqMseParams, get_candidates, optimize_module
+from rimet.quantsim.config_utils import set_grouped_blockwise_quantization_for_weights
+from rimet.seq_mse import SeqMseParams, apply_seq_mse, get_candidates, optimize_module
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -61,6 +63,22 @@ def test_sequential_mse_chooses_as_aimet(case: str) -> None:
     assert torch.equal(quantizer.max.detach(), SEQ_MSE[f"{case}.max"])
     assert torch.equal(quantizer.min.detach(), SEQ_MSE[f"{case}.min"])
     assert not quantizer.is_overwrite_allowed() and not quantizer.max.requires_grad
+
+
+def test_sequential_mse_of_a_model_with_two_level_scales_chooses_as_aimet() -> None:
+    recorded = load_file(DATA / "seq_mse_lpbq.safetensors")
+    model = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 5))
+    model.load_state_dict({name: recorded[name] for name in model.state_dict()})
+    sim = QuantizationSimModel(model, recorded["x"], default_param_bw=4)
+    first = sim.model.get_submodule("0")
+    set_grouped_blockwise_quantization_for_weights(sim, [first], 4, True, 8, 16, -1)
+    apply_seq_mse(sim, [recorded["x"]], 20, progress=False)
+    for path in ("0", "2"):
+        quantizer: Any = sim.model.get_submodule(f"{path}.param_quantizers.weight")
+        # The same candidates: they are 5 % apart. Some ranges differ in the last bit.
+        for end in ("min", "max"):
+            got, expected = getattr(quantizer, end).detach(), recorded[f"{path}.{end}"]
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 def test_candidates_are_aimets() -> None:
