@@ -395,7 +395,7 @@ def totals(results: dict[str, dict[str, Any]]) -> str:
 
 HEADER = """# Reach
 
-Made by `python -m benchmarks.reach --write` in one run, at commit {commit}, with torch {torch}, torchvision {torchvision} and
+Made by `python -m benchmarks.reach --write`, at commit {commit}, with torch {torch}, torchvision {torchvision} and
 transformers {transformers}. {totals}
 
 **Steps.** Each cell says whether the unmodified float model passes the step, and whether rimet does. Both run with their
