@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 import rimet
+from rimet._onnx.encodings import take_out
 from rimet._onnx.int32_bias import quantize_biases
 from rimet._onnx.marked import Mark, MarkedModel
 from rimet._onnx.qdq import lower, minimum_opset
@@ -23,8 +24,10 @@ from rimet._onnx.trace import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, trace
 from rimet.quantization.affine import AffineQuantizerBase
 from rimet.quantization.base import QuantizerBase
 from rimet.quantization.float import FloatEncoding, FloatQuantizeDequantize
+from rimet.quantsim import QuantizationSimModel
+from rimet.quantsim._files import write_text
 
-__all__ = ["export_qdq", "save"]
+__all__ = ["export_qdq", "export_with_encodings", "save"]
 
 _BITWIDTHS = (2, 4, 8, 16, 32)
 # Of the 2 GiB that a protocol buffer may take, some are left for the graph.
@@ -43,7 +46,7 @@ def export_qdq(
 ) -> None:
     """:func:`rimet.onnx.export`."""
     external_data = bool(kwargs.pop("external_data", False))
-    with _traced(model, args, kwargs, force_activation_as) as marked:
+    with _traced(model, args, kwargs, force_activation_as, is_qdq=True) as marked:
         if export_int32_bias:
             quantize_biases(marked)
         lower(marked, prequantize_constants)
@@ -51,16 +54,41 @@ def export_qdq(
         save(marked.model, f, external_data)
 
 
+def export_with_encodings(
+    sim: QuantizationSimModel,
+    args: Any,
+    f: str | os.PathLike[str],
+    *,
+    encoding_version: str,
+    export_int32_bias: bool,
+    force_activation_as: str | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """``sim.onnx.export``: the floating-point graph, and the encodings of its tensors beside it."""
+    external_data = bool(kwargs.pop("external_data", False))
+    with _traced(sim.model, args, kwargs, force_activation_as, is_qdq=False) as marked:
+        if export_int32_bias:
+            quantize_biases(marked)
+        encodings = take_out(marked)
+        text = encodings.to_json(encoding_version, sim.quant_args, sim._excluded_layer_names)
+        save(marked.model, f, external_data)
+        write_text(Path(f).with_suffix(".encodings"), text)
+
+
 @contextmanager
 def _traced(
-    model: nn.Module, args: Any, kwargs: dict[str, Any], force_activation_as: str | None
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    force_activation_as: str | None,
+    is_qdq: bool,
 ) -> Iterator[MarkedModel]:
-    """The model's graph with marks, as QDQ models and encodings of version 2 want it."""
+    """The model's graph with marks where a runtime quantizes, derived ones included."""
     opset_version = kwargs.pop("opset_version", None)
     opset_version = DEFAULT_OPSET if opset_version is None else opset_version
     dynamo = kwargs.pop("dynamo", True)
     _check_arguments(model, opset_version, force_activation_as, kwargs)
-    _check_quantizers(model, opset_version)
+    _check_quantizers(model, opset_version if is_qdq else None)
     with trace(model, args, dynamo=dynamo, opset_version=opset_version, **kwargs) as marked:
         # A cast, which runtimes do for a whole model.
         marked.drop(_is_half)
@@ -74,7 +102,10 @@ def _traced(
 
 def _is_half(mark: Mark) -> bool:
     encoding = mark.encoding
-    return isinstance(encoding, FloatEncoding) and encoding.dtype in (torch.float16, torch.bfloat16)
+    return isinstance(encoding, FloatEncoding) and encoding.format.torch_dtype in (
+        torch.float16,
+        torch.bfloat16,
+    )
 
 
 def _check_arguments(
@@ -101,8 +132,11 @@ def _check_arguments(
             raise NotImplementedError(f"{name}: models with quantizers support {only} only")
 
 
-def _check_quantizers(model: nn.Module, opset_version: int) -> None:
-    """Raise a RuntimeError that names all quantizers that stand in the way."""
+def _check_quantizers(model: nn.Module, opset_version: int | None) -> None:
+    """Raise a RuntimeError that names all quantizers that stand in the way.
+
+    :param opset_version: opset whose operators have to express the grids; ``None``: none has to
+    """
     problems: list[str] = []
     quantizers = [
         (path, module)
@@ -115,6 +149,8 @@ def _check_quantizers(model: nn.Module, opset_version: int) -> None:
                 problems.append(
                     f"{path}: is not calibrated; run compute_encodings, or load encodings"
                 )
+            continue
+        if opset_version is None:
             continue
         if isinstance(quantizer, AffineQuantizerBase) and quantizer.bitwidth not in _BITWIDTHS:
             problems.append(f"{path}: expected 2, 4, 8, 16 or 32 bits, got {quantizer.bitwidth}")

@@ -166,10 +166,16 @@ class MarkedModel:
                 self.replace_mark(node, replace(mark, encoding=with_sign(mark.encoding, signed)))
 
     def merge_equal(self) -> None:
-        """Leave one of the marks that quantize one tensor to one grid."""
+        """Leave one of the marks that quantize one tensor to one grid, side by side or one behind
+        the other.
+        """
         first: dict[int, list[tuple[ir.Node, Mark]]] = {}
         for node, mark in list(self.marked()):
             source = _single_input(node)
+            before = self.mark_of(source)
+            if before is not None and same_grid(before.encoding, mark.encoding):
+                self.remove(node)
+                continue
             for other, known in first.setdefault(id(source), []):
                 if other.graph is node.graph and same_grid(mark.encoding, known.encoding):
                     output = node.outputs[0]

@@ -36,11 +36,11 @@ _INTEGERS: dict[tuple[int, bool], Any] = {
     (32, True): np.int32,
 }
 _FLOATS: dict[str, Any] = {
-    "float8e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8e5m2": ml_dtypes.float8_e5m2,
-    "float8e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "float4e2m1": ml_dtypes.float4_e2m1fn,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "float4_e2m1fn": ml_dtypes.float4_e2m1fn,
 }
 
 

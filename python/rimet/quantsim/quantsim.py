@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ __all__ = [
     "QuantScheme",
     "QuantizationDataType",
     "QuantizationSimModel",
+    "QuantizationSimModelOnnxExporter",
     "check_accumulator_overflow",
     "compute_encodings_for_sims",
     "load_checkpoint",
@@ -818,6 +819,11 @@ class QuantizationSimModel:
         with _files.atomic_path(Path(path) / f"{filename_prefix}.safetensors") as part:
             save_file(tensors, part)
 
+    @property
+    def onnx(self) -> QuantizationSimModelOnnxExporter:
+        """Export of this simulation as a floating-point ONNX model with an encodings file."""
+        return QuantizationSimModelOnnxExporter(self)
+
     def __str__(self) -> str:
         enabled = sum(1 for _ in self.quantizers())
         modules = sum(1 for _ in self.qmodules())
@@ -826,6 +832,72 @@ class QuantizationSimModel:
     def __getstate__(self) -> dict[str, Any]:
         # The view refers to modules of this object's model; a copy makes its own.
         return {**self.__dict__, "_connected_graph": None}
+
+
+class QuantizationSimModelOnnxExporter:
+    """ONNX export of a simulation, for runtimes that take encodings as a file. ``sim.onnx`` is one.
+
+    :func:`rimet.onnx.export` writes the encodings into the graph instead.
+
+    Args:
+        sim: the simulation.
+    """
+
+    def __init__(self, sim: QuantizationSimModel) -> None:
+        self.sim = sim
+
+    def export(
+        self,
+        args: Any,
+        f: str | os.PathLike[str],
+        *,
+        encoding_version: str | None = None,
+        export_int32_bias: bool | None = None,
+        force_activation_as: Literal["unsigned", "signed"] | None = "unsigned",
+        **kwargs: Any,
+    ) -> None:
+        """Writes the model without quantizers to ``f``, and the encodings by the names of its
+        tensors beside it, with the suffix ``.encodings``.
+
+        Tensors that hold elements of quantized ones only (reshaped, transposed, cut) have an
+        encoding, too. float16 and bfloat16 quantizers are left out.
+
+        Args:
+            args: example inputs, as of ``torch.onnx.export``.
+            f: path of the ONNX file.
+            encoding_version: format of the encodings file; by default
+                ``rimet.common.quantsim.encoding_version``.
+            export_int32_bias: whether biases have encodings, of 32-bit integers in units of input
+                scale times weight scale; by default from format 2.0.0 on.
+            force_activation_as: see :func:`rimet.onnx.export`.
+            **kwargs: of ``torch.onnx.export``, as for :func:`rimet.onnx.export`.
+
+        Raises:
+            ImportError: the packages of the extra ``rimet[onnx]`` are missing.
+            RuntimeError: quantizers that are not calibrated, or that the format cannot express.
+            ValueError: another ``encoding_version``, ``opset_version`` or ``force_activation_as``.
+            NotImplementedError: see :func:`rimet.onnx.export`.
+        """
+        from rimet._onnx._require import require_onnx
+        from rimet.common import quantsim
+        from rimet.quantization.affine.encoding import check_encoding_version
+
+        version = check_encoding_version(
+            quantsim.encoding_version if encoding_version is None else encoding_version
+        )
+        require_onnx()
+        from rimet._onnx.export import export_with_encodings
+
+        is_version_2 = version.startswith("2.")
+        export_with_encodings(
+            self.sim,
+            args,
+            f,
+            encoding_version=version,
+            export_int32_bias=is_version_2 if export_int32_bias is None else export_int32_bias,
+            force_activation_as=force_activation_as,
+            kwargs=kwargs,
+        )
 
 
 def _version() -> str:
