@@ -285,7 +285,7 @@ def _become_output(value: ir.Value, output: ir.Value) -> None:
         outputs[index] = copy
     else:
         outputs[index] = value
-        value.name = output.name
+        value.name, value.shape, value.type = output.name, output.shape, output.type
     output.name = f"{output.name}_removed"
 
 
