@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from rimet._onnx.marked import Mark, MarkedModel, same_grid
 from rimet.quantsim._files import encoding_dict
 
 __all__ = ["TensorEncodings", "take_out"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,13 +53,15 @@ def _named(entries: Iterable[tuple[ir.Value, Mark]]) -> list[tuple[str, dict[str
     return [(str(value.name), encoding_dict(mark.encoding)) for value, mark in entries]
 
 
-def take_out(marked: MarkedModel) -> TensorEncodings:
+def take_out(marked: MarkedModel, copies: bool = True) -> TensorEncodings:
     """Take all marks out of a graph.
 
     A tensor has one encoding, which holds wherever the tensor is used. Where the simulation
     quantizes it for some of its uses only, or differently for some, these uses get a copy of it
     (``Identity``, ``x_dup_0``) that has the encoding.
 
+    :param copies: whether there are such copies; without, the graph is the model's own, and a
+        tensor has the first of its encodings (the log names others)
     :return: the encodings by tensors: those of quantizers in the order of the graph, then derived
         ones
     """
@@ -69,7 +74,16 @@ def take_out(marked: MarkedModel) -> TensorEncodings:
         if known is not None and same_grid(known.encoding, mark.encoding):
             marked.remove(node)
             continue
-        if known is not None or _is_used_otherwise(marked, source):
+        if known is not None and not copies:
+            logger.warning(
+                "%s is quantized in more than one way; its encoding is the one of %s, not of %s",
+                source.name,
+                known.owner,
+                mark.owner,
+            )
+            marked.remove(node)
+            continue
+        if copies and (known is not None or _is_used_otherwise(marked, source)):
             value = _copy(marked, node, source)
         else:
             marked.remove(node)

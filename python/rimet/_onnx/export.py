@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +17,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 import rimet
-from rimet._onnx.encodings import take_out
+from rimet._onnx.encodings import TensorEncodings, take_out
 from rimet._onnx.int32_bias import quantize_biases
 from rimet._onnx.marked import Mark, MarkedModel
+from rimet._onnx.names import name_nodes
 from rimet._onnx.qdq import lower, minimum_opset
 from rimet._onnx.trace import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, trace
 from rimet.quantization.affine import AffineQuantizerBase
@@ -27,7 +29,7 @@ from rimet.quantization.float import FloatEncoding, FloatQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel
 from rimet.quantsim._files import write_text
 
-__all__ = ["export_qdq", "export_with_encodings", "save"]
+__all__ = ["export_named_by_modules", "export_qdq", "export_with_encodings", "save"]
 
 _BITWIDTHS = (2, 4, 8, 16, 32)
 # Of the 2 GiB that a protocol buffer may take, some are left for the graph.
@@ -75,6 +77,83 @@ def export_with_encodings(
         write_text(Path(f).with_suffix(".encodings"), text)
 
 
+def export_named_by_modules(
+    original_model: nn.Module,
+    sim_model: nn.Module,
+    args: Any,
+    f: str | os.PathLike[str] | None,
+    *,
+    propagate_encodings: bool,
+    encoding_version: str,
+    quantizer_args: Mapping[str, Any],
+    excluded_layers: Collection[str],
+    kwargs: dict[str, Any],
+) -> str:
+    """``sim.export``: a floating-point graph whose nodes are called as modules.
+
+    :param original_model: the model without quantizers, whose parameters are written
+    :param f: path of the ONNX file; ``None``: none is written
+    :return: text of the encodings file
+    """
+    opset_version = kwargs.pop("opset_version", None)
+    opset_version = DEFAULT_OPSET if opset_version is None else opset_version
+    dynamo = kwargs.pop("dynamo", False)
+    _check_arguments(sim_model, opset_version, None, kwargs)
+    _check_quantizers(sim_model, None)
+    with trace(sim_model, args, dynamo=dynamo, opset_version=opset_version, **kwargs) as marked:
+        marked.merge_equal()
+        marked.fold_transposes()
+        encodings = take_out(marked, copies=False)
+        RemoveUnusedNodesPass()(marked.model)
+        _take_parameters(marked, original_model)
+        nodes = name_nodes(marked.model.graph, sim_model)
+        text = encodings.to_json(encoding_version, quantizer_args, excluded_layers)
+        if propagate_encodings:
+            text = _with_inner_tensors(text, nodes, encodings)
+        if f is not None:
+            save(marked.model, f)
+    return text
+
+
+def _take_parameters(marked: MarkedModel, model: nn.Module) -> None:
+    """Give the graph's parameters the values that they have in a model, and their names."""
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    initializers = marked.model.graph.initializers
+    for name, value in list(initializers.items()):
+        origin, perm = marked.transposed.get(name, (name, None))
+        tensor = values.get(origin)
+        if tensor is None or tensor.dtype != torch.float32:
+            continue
+        tensor = tensor.detach().as_subclass(torch.Tensor).cpu()
+        tensor = tensor if perm is None else tensor.permute(perm)
+        if value.shape is None or tuple(value.shape) != tuple(tensor.shape):
+            continue  # what the exporter made of it
+        if origin != name and origin not in initializers:
+            value.name = name = origin
+        value.const_value = ir.Tensor(tensor.contiguous().numpy(), name=name)
+
+
+def _with_inner_tensors(
+    text: str, nodes: Mapping[str, list[ir.Node]], encodings: TensorEncodings
+) -> str:
+    """An encodings file of format 0.6.1 with the bit-width of tensors between the nodes of a module:
+    that of the module's output.
+    """
+    known = {id(value): mark for value, mark in encodings.activations}
+    document = json.loads(text)
+    for group in nodes.values():
+        mark = known.get(id(group[-1].outputs[0]))
+        if mark is None:
+            continue
+        is_float = isinstance(mark.encoding, FloatEncoding)
+        entry = {"bitwidth": mark.encoding.bitwidth, "dtype": "float" if is_float else "int"}
+        for node in group[:-1]:
+            for output in node.outputs:
+                if output.dtype in (None, ir.DataType.FLOAT) and node.op_type != "Shape":
+                    document["activation_encodings"].setdefault(output.name, [entry])
+    return json.dumps(document, indent=4, sort_keys=True)
+
+
 @contextmanager
 def _traced(
     model: nn.Module,
@@ -94,8 +173,10 @@ def _traced(
         marked.drop(_is_half)
         if force_activation_as is not None:
             marked.force_sign(force_activation_as == "signed")
+        marked.flatten_single_scales()
         marked.merge_equal()
         marked.fold_transposes()
+        marked.quantize_parameters()
         marked.propagate()
         yield marked
 

@@ -72,6 +72,8 @@ class MarkedModel:
 
     model: ir.Model
     marks: dict[int, Mark]
+    #: Parameters that are stored transposed: name -> original name, permutation.
+    transposed: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     _next: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,6 +167,15 @@ class MarkedModel:
             if not mark.is_param and isinstance(mark.encoding, AffineEncoding):
                 self.replace_mark(node, replace(mark, encoding=with_sign(mark.encoding, signed)))
 
+    def flatten_single_scales(self) -> None:
+        """Say of grids with one scale that they are per tensor, whatever the rank of the scale."""
+        for node, mark in self.marked():
+            encoding: Any = mark.encoding
+            if type(encoding) is AffineEncoding and encoding.scale.numel() == 1:
+                scalar = encoding._mapped(lambda tensor: tensor.reshape(()))
+                scalar.block_size = None
+                self.replace_mark(node, replace(mark, encoding=scalar))
+
     def merge_equal(self) -> None:
         """Leave one of the marks that quantize one tensor to one grid, side by side or one behind
         the other.
@@ -213,11 +224,25 @@ class MarkedModel:
             folded = initializer(
                 graph, unused_name(graph, f"{source.name}_0"), np.transpose(array, perm)
             )
+            self.transposed[str(folded.name)] = str(source.name), tuple(perm)
             node.replace_input_with(0, folded)
             self.replace_mark(node, replace(mark, encoding=encoding))
             output.shape = folded.shape
             user.outputs[0].replace_all_uses_with(output)
             _graph_of(user).remove(user, safe=True)
+
+    def quantize_parameters(self) -> None:
+        """Store parameters with their quantized values, as float32 numbers.
+
+        Those that are used otherwise too, or on several grids, stay as they are.
+        """
+        for node, mark in self.marked():
+            source = _single_input(node)
+            if mark.is_param and source.is_initializer() and len(list(source.uses())) == 1:
+                array = constant_of(source)
+                assert array is not None
+                values = mark.encoding.quantize_dequantize(torch.from_numpy(np.array(array)))
+                source.const_value = ir.Tensor(values.numpy(), name=source.name)
 
     def propagate(self) -> None:
         """Mark what holds elements of quantized tensors only: a reshaped tensor has the grid of the
