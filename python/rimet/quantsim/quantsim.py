@@ -984,13 +984,7 @@ def _traced(model: nn.Module, dummy_input: Any) -> Any:
 
 
 def _check_calibrated(model: nn.Module) -> None:
-    empty = [
-        path
-        for path, quantizer in model.named_modules()
-        if isinstance(quantizer, QuantizerBase)
-        and not quantizer.is_initialized()
-        and not quantizer._is_idle()
-    ]
+    empty = _files.uncalibrated(model)
     if empty:
         shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
         raise RuntimeError(
