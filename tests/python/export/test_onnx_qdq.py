@@ -451,3 +451,14 @@ def test_external_data(tmp_path: Path) -> None:
     inside = exported(sim, x, dynamo=False)
     assert [i.name for i in whole.graph.initializer] == [i.name for i in inside.graph.initializer]
     np.testing.assert_array_equal(run(whole, x)[0], run(inside, x)[0])
+
+
+@pytest.mark.parametrize(("name", "opset"), [("lpbq", 21), ("w2a8", 25), ("w8a8", 13)])
+def test_opsets_of_the_newer_exporter(name: str, opset: int) -> None:
+    model, x = conv_relu_linear()
+    kwargs, setup, _ = GRIDS[name]
+    sim = calibrated(model, x, setup=setup, **kwargs)
+    proto = exported(sim, x, dynamo=True, opset_version=opset, export_int32_bias=False)
+    # torch implements its operators for opset 18 and may not get below it.
+    assert proto.opset_import[0].version == (opset if opset >= 18 else 18)
+    assert_equal(proto, sim, x)
