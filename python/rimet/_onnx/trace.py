@@ -222,7 +222,7 @@ def _quantizers(
                 if unfolded is not None:
                     changes.enter_context(_unfolded(module, name, unfolded))
                     params[id(unfolded)] = where
-                    found.append((unfolded, Mark(encoding, True, where)))
+                    found.append((unfolded, Mark(encoding.to("cpu")._detach(), True, where)))
     known = {id(quantizer) for quantizer, _ in found}
     for path, module in model.named_modules():
         if isinstance(module, QuantizerBase) and id(module) not in known:
