@@ -42,7 +42,8 @@ def export(
     Args:
         model: a calibrated simulation, or its model. A model without quantizers is exported as
             it is.
-        args: example inputs, as of ``torch.onnx.export``.
+        args: example inputs, as of ``torch.onnx.export`` or as for the constructor of a
+            simulation: a tensor, a tuple or list, a dict by the names of ``forward``'s parameters.
         f: path of the file, or a buffer. The file is whole or not there.
         export_int32_bias: whether biases are 32-bit integers in units of input scale times weight
             scale, where input and weight are quantized to integers. That rounds them.

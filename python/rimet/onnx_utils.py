@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from rimet import _core
-from rimet._graph import bind_inputs
 from rimet._onnx._require import require_onnx
 from rimet.nn.modules import custom
 
@@ -192,13 +191,10 @@ class OnnxSaver:
         require_onnx()
         from rimet._onnx.export import export_named_by_modules
 
-        args, keywords = bind_inputs(pytorch_model, dummy_input)
-        if keywords:
-            kwargs["kwargs"] = {**keywords, **(kwargs.get("kwargs") or {})}
         export_named_by_modules(
             pytorch_model,
             pytorch_model,
-            args,
+            dummy_input,
             onnx_model_path,
             propagate_encodings=False,
             encoding_version="1.0.0",

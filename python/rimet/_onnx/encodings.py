@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 import rimet
 from rimet import _core
-from rimet._onnx.marked import Mark, MarkedModel, same_grid
+from rimet._onnx.marked import Mark, MarkedModel, replace_output, same_grid
 from rimet.quantsim._files import encoding_dict
 
 __all__ = ["TensorEncodings", "take_out"]
@@ -122,8 +122,7 @@ def _copy(marked: MarkedModel, node: ir.Node, source: ir.Value) -> ir.Value:
     identity = ir.Node("", "Identity", [source], outputs=[copy], name=f"Identity_{name}")
     graph.insert_before(node, identity)
     if output.is_graph_output():
-        outputs = graph.outputs
-        outputs[outputs.index(output)] = copy
+        replace_output(graph, output, copy)
         copy.name, output.name = output.name, f"{output.name}_marked"
     output.replace_all_uses_with(copy)
     graph.remove(node, safe=True)

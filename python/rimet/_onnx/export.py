@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 import rimet
+from rimet._graph import bind_inputs
 from rimet._onnx.encodings import TensorEncodings, take_out
 from rimet._onnx.int32_bias import quantize_biases
 from rimet._onnx.marked import Mark, MarkedModel
@@ -67,14 +68,18 @@ def export_with_encodings(
     kwargs: dict[str, Any],
 ) -> None:
     """``sim.onnx.export``: the floating-point graph, and the encodings of its tensors beside it."""
+    path = Path(f)
+    encodings_path = path.with_suffix(".encodings")
+    if encodings_path == path:
+        raise ValueError(f"f: expected the path of an ONNX file, got that of its encodings: {path}")
     external_data = bool(kwargs.pop("external_data", False))
     with _traced(sim.model, args, kwargs, force_activation_as, is_qdq=False) as marked:
         if export_int32_bias:
             quantize_biases(marked)
         encodings = take_out(marked)
         text = encodings.to_json(encoding_version, sim.quant_args, sim._excluded_layer_names)
-        save(marked.model, f, external_data)
-        write_text(Path(f).with_suffix(".encodings"), text)
+        save(marked.model, path, external_data)
+        write_text(encodings_path, text)
 
 
 def export_named_by_modules(
@@ -100,6 +105,7 @@ def export_named_by_modules(
     dynamo = kwargs.pop("dynamo", False)
     _check_arguments(sim_model, opset_version, None, kwargs)
     _check_quantizers(sim_model, None)
+    args = _positional(sim_model, args, kwargs)
     with trace(sim_model, args, dynamo=dynamo, opset_version=opset_version, **kwargs) as marked:
         marked.merge_equal()
         marked.fold_transposes()
@@ -167,7 +173,8 @@ def _traced(
     opset_version = DEFAULT_OPSET if opset_version is None else opset_version
     dynamo = kwargs.pop("dynamo", True)
     _check_arguments(model, opset_version, force_activation_as, kwargs)
-    _check_quantizers(model, opset_version if is_qdq else None)
+    _check_quantizers(model, opset_version if is_qdq else None, has_integers=True)
+    args = _positional(model, args, kwargs)
     with trace(model, args, dynamo=dynamo, opset_version=opset_version, **kwargs) as marked:
         # A cast, which runtimes do for a whole model.
         marked.drop(_is_half)
@@ -179,6 +186,18 @@ def _traced(
         marked.quantize_parameters()
         marked.propagate()
         yield marked
+
+
+def _positional(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The positional ones of example inputs; the others are added to ``kwargs["kwargs"]``, where
+    ``torch.onnx.export`` takes them.
+    """
+    if isinstance(args, tuple) and not args:
+        return args
+    positional, keywords = bind_inputs(model, args)
+    if keywords:
+        kwargs["kwargs"] = {**keywords, **(kwargs.get("kwargs") or {})}
+    return positional
 
 
 def _is_half(mark: Mark) -> bool:
@@ -197,8 +216,10 @@ def _check_arguments(
             "model: expected a torch.nn.Module or a QuantizationSimModel, got "
             f"{type(model).__name__}"
         )
-    if not MIN_OPSET <= opset_version <= MAX_OPSET:
-        raise ValueError(f"opset_version: expected {MIN_OPSET} to {MAX_OPSET}, got {opset_version}")
+    if not isinstance(opset_version, int) or not MIN_OPSET <= opset_version <= MAX_OPSET:
+        raise ValueError(
+            f"opset_version: expected {MIN_OPSET} to {MAX_OPSET}, got {opset_version!r}"
+        )
     if force_activation_as not in ("unsigned", "signed", None):
         raise ValueError(
             f"force_activation_as: expected 'unsigned', 'signed' or None, got {force_activation_as!r}"
@@ -213,10 +234,13 @@ def _check_arguments(
             raise NotImplementedError(f"{name}: models with quantizers support {only} only")
 
 
-def _check_quantizers(model: nn.Module, opset_version: int | None) -> None:
+def _check_quantizers(
+    model: nn.Module, opset_version: int | None, has_integers: bool = False
+) -> None:
     """Raise a RuntimeError that names all quantizers that stand in the way.
 
     :param opset_version: opset whose operators have to express the grids; ``None``: none has to
+    :param has_integers: whether integer grids have to be all of an integer type
     """
     problems = [
         f"{path}: is not calibrated; run compute_encodings, or load encodings"
@@ -232,6 +256,12 @@ def _check_quantizers(model: nn.Module, opset_version: int | None) -> None:
             problems.append(
                 f"{path}: expected a QuantizeDequantize, got a {type(quantizer).__name__}, which "
                 "does half of it"
+            )
+            continue
+        if has_integers and not _is_integer_type(quantizer):
+            problems.append(
+                f"{path}: expected a grid that is all of an integer type, got "
+                f"[{quantizer.qmin}, {quantizer.qmax}]"
             )
             continue
         if opset_version is None or not quantizer.is_initialized():
@@ -261,6 +291,14 @@ def _check_quantizers(model: nn.Module, opset_version: int | None) -> None:
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise RuntimeError("cannot be exported to ONNX:\n" + "\n".join(f"  - {p}" for p in shown))
+
+
+def _is_integer_type(quantizer: QuantizerBase) -> bool:
+    """Whether a quantizer's grid, if it is one of integers, is that of a signed or unsigned type."""
+    if not isinstance(quantizer, AffineQuantizerBase):
+        return True
+    steps = quantizer.qmax - quantizer.qmin + 1
+    return steps & (steps - 1) == 0 and quantizer.qmin in (0, -steps // 2)
 
 
 def save(

@@ -19,7 +19,7 @@ from rimet.quantization.affine.encoding import VectorEncoding
 from rimet.quantization.base import EncodingBase
 from rimet.quantization.float import FloatEncoding
 
-__all__ = ["DOMAIN", "Mark", "MarkedModel", "OP_TYPE", "constant_of", "same_grid"]
+__all__ = ["DOMAIN", "Mark", "MarkedModel", "OP_TYPE", "constant_of", "replace_output", "same_grid"]
 
 DOMAIN = "rimet"
 OP_TYPE = "QuantizeDequantize"
@@ -139,8 +139,7 @@ class MarkedModel:
         producer = value.producer()
         if use is None and value.is_graph_output():
             # The quantized tensor is the output, under the output's name.
-            outputs = self.model.graph.outputs
-            outputs[outputs.index(value)] = output
+            replace_output(self.model.graph, value, output)
             output.name, value.name = value.name, f"{value.name}_unmarked"
         if before is not None:
             _graph_of(before).insert_before(before, node)
@@ -297,19 +296,24 @@ def _graph_of(node: ir.Node) -> Any:
     return graph
 
 
+def replace_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let a tensor be an output in the place of another one, which may be several outputs."""
+    for i, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[i] = new
+
+
 def _become_output(value: ir.Value, output: ir.Value) -> None:
     """Let a tensor be a graph output in place of another one, under the latter's name."""
     graph = output.graph
     assert graph is not None
-    outputs = graph.outputs
-    index = outputs.index(output)
     if value.producer() is None or value.is_graph_output():
         # An input, a parameter, or an output already: it keeps its own name.
         copy = ir.Value(name=output.name, shape=output.shape, type=output.type)
         graph.append(ir.Node("", "Identity", [value], outputs=[copy]))
-        outputs[index] = copy
+        replace_output(graph, output, copy)
     else:
-        outputs[index] = value
+        replace_output(graph, output, value)
         value.name, value.shape, value.type = output.name, output.shape, output.type
     output.name = f"{output.name}_removed"
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from rimet._onnx.marked import MarkedModel, constant_of, initializer
+from rimet._onnx.marked import MarkedModel, constant_of, initializer, replace_output
 from rimet.quantization.affine import AffineEncoding, GroupedBlockEncoding
 from rimet.quantization.base import EncodingBase
 from rimet.quantization.float import FloatEncoding
@@ -93,8 +93,7 @@ def lower(marked: MarkedModel, prequantize_constants: bool) -> None:
             dequantized = lowering.tensor(source, mark.encoding)
         dequantized.shape, dequantized.type = output.shape, output.type
         if output.is_graph_output():
-            outputs = graph.outputs
-            outputs[outputs.index(output)] = dequantized
+            replace_output(graph, output, dequantized)
             output.name = f"{after}_marked"
         output.replace_all_uses_with(dequantized)
         graph.remove(node, safe=True)
@@ -232,7 +231,12 @@ def _zero_point(encoding: EncodingBase, layout: _Layout, name: str) -> _Array:
             f"{name}: QuantizeLinear has whole zero points, got a zero point shift of "
             f"{affine.zero_point_shift}"
         )
-    dtype = _INTEGERS[affine.bitwidth, affine.signed]
+    dtype = _INTEGERS.get((affine.bitwidth, affine.signed))
+    if dtype is None:
+        raise RuntimeError(
+            f"{name}: DequantizeLinear has no unsigned integers of {affine.bitwidth} bits; take a "
+            "signed grid, or 16 bits"
+        )
     return (-_expanded(affine.offset, layout)).astype(dtype)
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.onnx import symbolic_helper
 
 from rimet._graph.recorder import evaluating
-from rimet._onnx.marked import DOMAIN, OP_TYPE, Mark, MarkedModel, unused_name
+from rimet._onnx.marked import DOMAIN, OP_TYPE, Mark, MarkedModel, is_mark, unused_name
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn.slots import plain
 from rimet.quantization.affine import (
@@ -125,7 +125,21 @@ def _export_dynamo(
         **{**kwargs, "custom_translation_table": table},
     )
     assert program is not None
+    if not kwargs.get("output_names"):
+        _name_outputs(program.model.graph)
     return program.model
+
+
+def _name_outputs(graph: ir.Graph) -> None:
+    """Call quantized outputs as the exporter calls them in a model without quantizers: after the
+    operator in front of the mark, not after the mark.
+    """
+    for output in graph.outputs:
+        node = output.producer()
+        source = node.inputs[0] if node is not None and is_mark(node) else None
+        if source is None or source.producer() is None or source.is_graph_output():
+            continue
+        output.name, source.name = source.name, f"{source.name}_unmarked"
 
 
 def _name_transposed(

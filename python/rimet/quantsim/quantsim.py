@@ -927,14 +927,11 @@ class QuantizationSimModel:
         require_onnx()
         from rimet._onnx.export import export_named_by_modules
 
-        args, keywords = bind_inputs(sim_model, dummy_input)
-        if keywords:
-            kwargs["kwargs"] = {**keywords, **(kwargs.get("kwargs") or {})}
         folder = Path(path)
         text = export_named_by_modules(
             original_model,
             sim_model,
-            args,
+            dummy_input,
             folder / f"{filename_prefix}.onnx" if export_model else None,
             propagate_encodings=propagate_encodings,
             encoding_version=version,
@@ -1179,8 +1176,8 @@ class QuantizationSimModelOnnxExporter:
         encoding, too. float16 and bfloat16 quantizers are left out.
 
         Args:
-            args: example inputs, as of ``torch.onnx.export``.
-            f: path of the ONNX file.
+            args: example inputs, as for the constructor of the simulation.
+            f: path of the ONNX file; not one that ends in ``.encodings``.
             encoding_version: format of the encodings file; by default
                 ``rimet.common.quantsim.encoding_version``.
             export_int32_bias: whether biases have encodings, of 32-bit integers in units of input
@@ -1191,7 +1188,7 @@ class QuantizationSimModelOnnxExporter:
         Raises:
             ImportError: the packages of the extra ``rimet[onnx]`` are missing.
             RuntimeError: quantizers that are not calibrated, or that the format cannot express.
-            ValueError: another ``encoding_version``, ``opset_version`` or ``force_activation_as``.
+            ValueError: another ``f``, ``encoding_version``, ``opset_version`` or ``force_activation_as``.
             NotImplementedError: see :func:`rimet.onnx.export`.
         """
         from rimet._onnx._require import require_onnx

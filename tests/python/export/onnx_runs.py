@@ -84,7 +84,11 @@ def different(
 
 
 def assert_equal(
-    proto: onnx.ModelProto, sim: QuantizationSimModel, *args: Tensor, steps: float = 1.0
+    proto: onnx.ModelProto,
+    sim: QuantizationSimModel,
+    *args: Tensor,
+    steps: float = 1.0,
+    share: float = 0.02,
 ) -> None:
     """That onnxruntime computes what the simulation computes.
 
@@ -93,7 +97,12 @@ def assert_equal(
     it goes to the other one: seldom with 8 bits (a step is 4e-3 of the range), for up to a tenth of
     the values with 16 (1.5e-5). What comes of such a flip is at most a step of the output's grid in
     these small models.
+
+    Args:
+        steps: largest distance, in steps of the output's grid.
+        share: largest part of the elements that differ at all. ``conv_relu_linear`` without one
+            of its quantizers differs in 6 % of them or more, with 16-bit activations in 37 %.
     """
-    for distance, share in different(proto, sim, *args):
-        assert distance <= steps + 1e-3, (distance, share)
-        assert share <= 0.25, (distance, share)
+    for distance, moved in different(proto, sim, *args):
+        assert distance <= steps + 1e-3, (distance, moved)
+        assert moved <= share, (distance, moved)

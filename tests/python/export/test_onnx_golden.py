@@ -125,11 +125,20 @@ def test_sim_onnx_export(simulated: Any, version: str, tmp_path: Path) -> None:
     check(name, got, want)
 
 
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-def test_qdq(simulated: Any, exporter: str, tmp_path: Path) -> None:
+def test_qdq(simulated: Any, tmp_path: Path) -> None:
+    check_qdq(simulated, "torchscript", tmp_path)
+
+
+# Two of them say it all, at two seconds each.
+@pytest.mark.parametrize("simulated", ["conv_bn_relu", "transformer"], indirect=True)
+def test_qdq_of_the_newer_exporter(simulated: Any, tmp_path: Path) -> None:
+    check_qdq(simulated, "dynamo", tmp_path)
+
+
+def check_qdq(
+    simulated: tuple[str, QuantizationSimModel, Any], exporter: str, tmp_path: Path
+) -> None:
     name, sim, inputs = simulated
-    if exporter == "dynamo" and name not in ("conv_bn_relu", "transformer"):
-        return  # two of them say it all, at two seconds each
     path = tmp_path / "model.onnx"
     is_dynamo = exporter == "dynamo"
     options: dict[str, Any] = {"verbose": False} if is_dynamo else {}

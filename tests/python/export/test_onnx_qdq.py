@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def test_grids(name: str, sign: Any) -> None:
             sim, x, prequantize_constants=prequantize, force_activation_as=sign, **options
         )
         assert proto.opset_import[0].version == opset
-        assert_equal(proto, sim, x)
+        # Flips are frequent on 16 bits alone.
+        assert_equal(proto, sim, x, share=0.25 if name == "w8a16" else 0.02)
 
 
 def test_int32_bias() -> None:
@@ -227,7 +229,8 @@ def test_functional_operations(dynamo: bool, functional: bool) -> None:
     x = torch.randn(2, 4, 6, 6)
     sim = calibrated(Functional(), x, quantize_functional_ops=functional)
     proto = exported(sim, x, dynamo=dynamo, export_int32_bias=False)
-    assert_equal(proto, sim, x)
+    # A flip in front of max-pooling and a Linear of four inputs moves a row of four elements.
+    assert_equal(proto, sim, x, share=0.05)
 
 
 @pytest.mark.parametrize("dynamo", [False, True])
@@ -379,6 +382,7 @@ def test_torchvision_model() -> None:
 
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"opset_version": 26}, ValueError, "expected 7 to 25, got 26"),
+    ({"opset_version": "21"}, ValueError, "expected 7 to 25, got '21'"),
     ({"opset_version": 9}, RuntimeError, "channels from opset 13"),
     ({"opset_version": 12}, RuntimeError, "channels from opset 13"),
     ({"force_activation_as": "int"}, ValueError, "'unsigned', 'signed' or None, got 'int'"),
@@ -416,6 +420,19 @@ def test_bad_models(tmp_path: Path) -> None:
         rimet.onnx.export(sim, x, path)
     sim = calibrated(model, x, default_output_bw=32)
     with pytest.raises(RuntimeError, match="no 32-bit integers"):
+        rimet.onnx.export(sim, x, path, dynamo=False)
+    sim = calibrated(model, x)
+    sim.model.conv.param_quantizers["weight"] = QuantizeDequantize((), -127, 127, True)
+    sim.model.fc.output_quantizers[0] = QuantizeDequantize((), 0, 10, False)
+    sim.compute_encodings(lambda m: m(x))
+    with pytest.raises(
+        RuntimeError, match=r"(?s)conv.param_quantizers.weight: .*-127.*fc.output_.*\[0, 10\]"
+    ):
+        rimet.onnx.export(sim, x, path)
+    sim = calibrated(model, x)
+    sim.model.fc.param_quantizers["weight"] = QuantizeDequantize((), 32, False)
+    sim.compute_encodings(lambda m: m(x))
+    with pytest.raises(RuntimeError, match="fc.weight.*no unsigned integers of 32 bits"):
         rimet.onnx.export(sim, x, path, dynamo=False)
     sim = calibrated(model, x)
     sim.model.fc.param_quantizers["weight"] = Quantize((), 8, True)
@@ -470,6 +487,58 @@ def test_opsets_of_the_newer_exporter(name: str, opset: int) -> None:
     # torch implements its operators for opset 18 and may not get below it.
     assert proto.opset_import[0].version == (opset if opset >= 18 else 18)
     assert_equal(proto, sim, x)
+
+
+class SameTensorTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.fc(x)
+        return {"a": y, "b": y, "c": y.t(), "d": x}
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_tensor_that_is_several_outputs(dynamo: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    sim = calibrated(SameTensorTwice(), x)
+    proto = exported(sim, x, dynamo=dynamo, export_int32_bias=False)
+    assert_equal(proto, sim, x)
+
+
+def test_names_of_outputs_come_from_the_model() -> None:
+    """As torch's newer exporter names them without quantizers."""
+    model, x = conv_relu_linear()
+    names = [
+        [output.name for output in exported(m, x).graph.output]
+        for m in (model.eval(), calibrated(model, x))
+    ]
+    assert names[0] == names[1]
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.fc(x) * scale
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_example_inputs_as_of_the_simulation(dynamo: bool) -> None:
+    """``args`` may be what the simulation was made with."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(8, 4), torch.rand(8, 1)
+    options: dict[str, Any] = {"verbose": False} if dynamo else {}
+    for inputs in ([x, scale], (x, scale), {"x": x, "scale": scale}, (x, {"scale": scale})):
+        sim = QuantizationSimModel(Scaled().eval(), inputs)
+        sim.compute_encodings(lambda m: m(x, scale))
+        file = io.BytesIO()
+        rimet.onnx.export(sim, inputs, file, dynamo=dynamo, export_int32_bias=False, **options)
+        assert_equal(onnx.load_model_from_string(file.getvalue()), sim, x, scale)
 
 
 class Padded(nn.Module):

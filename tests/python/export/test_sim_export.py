@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,10 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = calibrated(model, x)
     with pytest.raises(ValueError, match="encoding_version: expected one of 0.6.1"):
         sim.onnx.export(x, tmp_path / "m.onnx", encoding_version="3.0.0")
+    for file in (tmp_path / "m.encodings", io.BytesIO()):
+        with pytest.raises((ValueError, TypeError), match="its encodings|not BytesIO"):
+            sim.onnx.export(x, file, dynamo=False)  # type: ignore[arg-type]
+    assert file.getvalue() == b""
     with pytest.raises(RuntimeError, match="expected OnnxExportApiArgs or a dict, got int"):
         sim.export(str(tmp_path), "m", x, onnx_export_args=3)
     with pytest.raises(RuntimeError, match="not calibrated"):
