@@ -38,12 +38,18 @@ pub(super) fn applies(search: &Search<'_>) -> bool {
 /// The loss of every candidate that can win, and of those that are chosen; infinite for the others. `None` if the
 /// inputs are not finite.
 pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result<Option<Losses>> {
+    let t0 = std::time::Instant::now();
     let layer = OneBlock::new(search)?;
+    if std::env::var("SMDBG").is_ok() { eprintln!("  new {:?}", t0.elapsed()); }
     let Some(sketch) = layer.sketch()? else {
         return Ok(None);
     };
+    let t1 = t0.elapsed();
     let bounds = layer.bounds(&sketch)?;
+    let t2 = t0.elapsed();
     let (errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
+    let t3 = t0.elapsed();
+    let mut log = vec![];
     let mut found = Found::new(&bounds);
     let shape = &search.problem.quantizer.shape;
     let tensors = |found: &Found| -> Result<Vec<Tensor>> {
@@ -66,11 +72,16 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
         if wanted.is_empty() {
             break;
         }
+        log.push(wanted.len());
         // At most as many rows as the weight has.
         for pairs in wanted.chunks(layer.num_encodings) {
             found.enter(pairs, &layer.exact(pairs, &errors, &sketch.signal)?);
             progress(search.ranges.len() as u32)?;
         }
+    }
+    if std::env::var("SMDBG").is_ok() {
+        eprintln!("DBG weight {:?} rows {} sketch {:.1} bounds {:.1} errors({:?}) {:.1} exact {:.1} ms; rounds {:?} survivors {:.2}", search.weight.size(), sketch.num_rows,
+            t1.as_secs_f64() * 1e3, (t2 - t1).as_secs_f64() * 1e3, method, (t3 - t2).as_secs_f64() * 1e3, (t0.elapsed() - t3).as_secs_f64() * 1e3, log, bounds.mean_survivors());
     }
     Ok(Some(Losses {
         losses: tensors(&found)?,
@@ -278,10 +289,13 @@ impl<'a> OneBlock<'a> {
 
     fn sketch(&self) -> Result<Option<Sketch>> {
         let search = self.search;
+        let t0 = std::time::Instant::now();
         let sample = self.sample()?;
+        let t1 = t0.elapsed();
         let Some(basis) = dominant_directions(&sample)? else {
             return Ok(None);
         };
+        let t2 = t0.elapsed();
         let (count, out) = (basis.size()[1], search.layout.out);
         let mut size = search.weight.size();
         size[self.out_axis as usize] = count;
@@ -319,6 +333,7 @@ impl<'a> OneBlock<'a> {
             }
             Ok(())
         })?;
+        let t3 = t0.elapsed();
         let Some(factor) = whitening(&energy)? else {
             return Ok(None);
         };
@@ -328,6 +343,7 @@ impl<'a> OneBlock<'a> {
             |t: &Tensor| -> Result<f64> { Ok(f64::try_from((t * t).f_sum(Kind::Double)?)?) };
         let of_sample = square_sum(&sample)? / sample.size()[0].max(1) as f64;
         let rest = of_sample * num_rows as f64 - square_sum(&directions)?;
+        if std::env::var("SMDBG").is_ok() { eprintln!("  sample {:?} dominant {:?} energy {:?} rest {:?}", t1, t2 - t1, t3 - t2, t0.elapsed() - t3); }
         let kind = compute_kind(search.weight);
         Ok(Some(Sketch {
             rest: rest.max(0.0) / search.layout.columns as f64,
