@@ -1,12 +1,14 @@
 //! Quadratic forms of a Gram matrix, part by part.
 //!
-//! With the Cholesky factorization `G = R^T R`, `R` upper triangular \[golub2013, 4.2.5\]
+//! With the Cholesky factorization `G + r I = R^T R`, `R` upper triangular \[golub2013, 4.2.5\]
 //!
 //! ```text
-//! e^T G e = |R e|^2 = sum over blocks of rows |R_b e|^2
+//! e^T G e = |R e|^2 - r |e|^2,   |R e|^2 = sum over blocks of rows |R_b e|^2
 //! ```
 //!
-//! No term is negative, so that what has been added up is a lower bound of the whole. From the last block to the first,
+//! No block's term is negative, so that what has been added up is a lower bound of the whole. `r` is a little more than
+//! rounding did to `G`, which is singular for inputs of which each row sums to zero, as behind a layer norm.
+//! From the last block to the first,
 //! each needs more of `e` than the one before: all of them take half of the products of `G e`, and those that show
 //! which vectors' forms are large a small part of these.
 
@@ -16,11 +18,16 @@ use tch::{Kind, Tensor};
 
 /// Rows of a block.
 const BLOCK: i64 = 128;
+/// `r` as a share of the mean of `G`'s diagonal, for each unit of the square root of its size: float32 has `6e-8` of every
+/// element, and a random symmetric matrix's norm grows with that root.
+const ROUNDING: f64 = 4e-7;
 
 /// A factor `R` by blocks of rows.
 pub(super) struct Factor {
     /// The first column that is not zero, and the block's columns from there on; the last block first.
     blocks: Vec<(i64, Tensor)>,
+    /// `r`
+    added: f64,
 }
 
 impl Factor {
@@ -29,12 +36,14 @@ impl Factor {
         size >= 2 * BLOCK
     }
 
-    /// Factorizes `gram`, `[K, K]`, in float64. `None` if it is not positive definite by float64.
+    /// Factorizes `gram`, `[K, K]`, in float64. `None` if it is further from positive definite than by rounding.
     pub fn new(gram: &Tensor) -> Result<Option<Self>> {
         let size = gram.size()[0];
-        let (factor, info) = gram
-            .f_to_kind(Kind::Double)?
-            .f_linalg_cholesky_ex(true, false)?;
+        let mean = f64::try_from(gram.f_trace()?)? / size as f64;
+        let added = mean * ROUNDING * (size as f64).sqrt();
+        let exact = gram.f_to_kind(Kind::Double)?;
+        let identity = Tensor::f_eye(size, (Kind::Double, gram.device()))?;
+        let (factor, info) = (exact + identity * added).f_linalg_cholesky_ex(true, false)?;
         if i64::try_from(info)? != 0 {
             return Ok(None);
         }
@@ -49,7 +58,7 @@ impl Factor {
             blocks.push(block(start)?);
         }
         blocks.reverse();
-        Ok(Some(Self { blocks }))
+        Ok(Some(Self { blocks, added }))
     }
 
     /// `e^T G e` of the rows of `vectors`, `[n, K]`: float64, `[n]`. After each block `stay` is told the rows that are
@@ -60,7 +69,7 @@ impl Factor {
         vectors: &Tensor,
         mut stay: impl FnMut(&[usize], &[f64]) -> Result<Option<Vec<usize>>>,
     ) -> Result<Vec<f64>> {
-        let mut sums = vec![0.0; vectors.size()[0] as usize];
+        let mut sums: Vec<f64> = (row_dot(vectors, vectors)? * -self.added).try_into()?;
         let mut rows: Vec<usize> = (0..sums.len()).collect();
         let mut vectors = vectors.shallow_clone();
         for (start, block) in &self.blocks {
@@ -94,6 +103,22 @@ impl Factor {
 mod tests {
     use super::*;
     use tch::Device;
+
+    /// Rows that sum to zero, in float32.
+    #[test]
+    fn a_singular_matrix_has_a_factor() {
+        tch::manual_seed(0);
+        let size = 2 * BLOCK;
+        let x = Tensor::randn([900, size], (Kind::Float, Device::Cpu)) + 3.0;
+        let x = &x - x.mean_dim([1_i64].as_slice(), true, None);
+        let gram = x.transpose(0, 1).matmul(&x);
+        let factor = Factor::new(&gram).unwrap().unwrap();
+        let e = Tensor::randn([5, size], (Kind::Float, Device::Cpu));
+        let found = Tensor::from_slice(&factor.squares(&e, |_, _| Ok(None)).unwrap());
+        let outputs = e.matmul(&x.transpose(0, 1));
+        let expected = row_dot(&outputs, &outputs).unwrap();
+        assert!(found.allclose(&expected, 1e-5, 0.0, false));
+    }
 
     #[test]
     fn sums_grow_to_the_quadratic_form_and_rows_can_be_left() {

@@ -33,6 +33,8 @@ const SAMPLE_ELEMENTS: i64 = 1 << 19;
 const SAMPLES: i64 = 4;
 /// A sketch with less than this share of the inputs' energy excludes about half of the candidates.
 const FEW_EXCLUDED: f64 = 0.5;
+/// Filters that a convolution computes at a time: up to a multiple, more come at no cost.
+const FILTERS: usize = 16;
 /// What it costs to copy an element of a convolution's input into its rows, in multiplications of a matrix product.
 const COPY: f64 = 128.0;
 
@@ -46,7 +48,6 @@ pub(super) fn applies(search: &Search<'_>) -> bool {
 /// The loss of every candidate that can win, and of those that are chosen; infinite for the others. `None` if the
 /// inputs are not finite, or if it costs less to compute all.
 pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result<Option<Losses>> {
-    let t0 = std::time::Instant::now();
     let layer = OneBlock::new(search)?;
     let sample = layer.sample()?;
     let Some(basis) = dominant_directions(&sample)? else {
@@ -58,12 +59,8 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
     let Some(sketch) = layer.sketch(&sample, &basis)? else {
         return Ok(None);
     };
-    let t1 = t0.elapsed();
     let mut bounds = layer.bounds(&sketch)?;
-    let t2 = t0.elapsed();
     let (errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
-    let t3 = t0.elapsed();
-    let mut log = vec![];
     let mut found = Found::new(&bounds);
     let shape = &search.problem.quantizer.shape;
     let tensors = |found: &Found| -> Result<Vec<Tensor>> {
@@ -88,7 +85,6 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
         if wanted.is_empty() {
             break;
         }
-        log.push(wanted.len());
         // At most as many rows as the weight has.
         for pairs in wanted.chunks(layer.num_encodings) {
             let results = layer.exact(pairs, &errors, &sketch.signal, known.as_deref())?;
@@ -100,10 +96,6 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
             }
             progress(search.ranges.len() as u32)?;
         }
-    }
-    if std::env::var("SMDBG").is_ok() {
-        eprintln!("DBG weight {:?} rows {} sketch {:.1} bounds {:.1} errors({:?}) {:.1} exact {:.1} ms; rounds {:?} survivors {:.2}", search.weight.size(), sketch.num_rows,
-            t1.as_secs_f64() * 1e3, (t2 - t1).as_secs_f64() * 1e3, method, (t3 - t2).as_secs_f64() * 1e3, (t0.elapsed() - t3).as_secs_f64() * 1e3, log, bounds.mean_survivors());
     }
     Ok(Some(Losses {
         losses: tensors(&found)?,
@@ -154,30 +146,46 @@ impl Found {
     /// Pairs (encoding, candidate) to compute next: the most promising candidate of each encoding that has one left,
     /// or, once few encodings have, all that are left. `at_once`: also once each encoding has a loss.
     fn most_promising(&self, bounds: &Bounds, at_once: bool) -> Vec<(usize, usize)> {
+        let promise = |encoding: usize, candidate: usize| bounds.estimates[candidate][encoding];
         let left = |encoding: usize| {
-            (0..self.losses.len()).filter(move |&candidate| {
+            let is_left = |&candidate: &usize| {
                 let order = bounds.lower[candidate][encoding].partial_cmp(&self.best[encoding]);
                 // Also where one of the two is NaN.
                 self.losses[candidate][encoding].is_infinite() && order != Some(Ordering::Greater)
-            })
+            };
+            let mut left: Vec<usize> = (0..self.losses.len()).filter(is_left).collect();
+            left.sort_by(|&a, &b| promise(encoding, a).total_cmp(&promise(encoding, b)));
+            (encoding, left)
         };
         let num_encodings = self.best.len();
-        let firsts: Vec<(usize, usize)> = (0..num_encodings)
-            .filter_map(|encoding| {
-                let promise = |&candidate: &usize| bounds.estimates[candidate][encoding];
-                left(encoding)
-                    .min_by(|a, b| promise(a).total_cmp(&promise(b)))
-                    .map(|candidate| (encoding, candidate))
+        let mut left: Vec<(usize, Vec<usize>)> = (0..num_encodings).map(left).collect();
+        left.retain(|(_, candidates)| !candidates.is_empty());
+        let at_once = at_once && self.best.iter().all(|best| best.is_finite());
+        if at_once || 4 * left.len() <= num_encodings {
+            let pairs = |(encoding, candidates): (usize, Vec<usize>)| {
+                candidates.into_iter().map(move |c| (encoding, c))
+            };
+            return left.into_iter().flat_map(pairs).collect();
+        }
+        let filled = left.len().next_multiple_of(FILTERS).min(num_encodings);
+        let mut seconds: Vec<(f64, (usize, usize))> = left
+            .iter()
+            .filter(|(_, candidates)| candidates.len() > 1)
+            .map(|(encoding, candidates)| {
+                let (first, second) = (candidates[0], candidates[1]);
+                let ratio = promise(*encoding, second) / promise(*encoding, first);
+                (ratio, (*encoding, second))
             })
             .collect();
-        let at_once = at_once && self.best.iter().all(|best| best.is_finite());
-        if 4 * firsts.len() > num_encodings && !at_once {
-            return firsts;
-        }
-        let encodings = firsts.iter().map(|&(encoding, _)| encoding);
-        encodings
-            .flat_map(|encoding| left(encoding).map(move |candidate| (encoding, candidate)))
-            .collect()
+        seconds.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let firsts = left
+            .iter()
+            .map(|(encoding, candidates)| (*encoding, candidates[0]));
+        let seconds = seconds
+            .into_iter()
+            .map(|(_, pair)| pair)
+            .take(filled - left.len());
+        firsts.chain(seconds).collect()
     }
 
     /// The sum of the last candidate's losses. One that was not computed is taken to differ from its estimate as the
