@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ __all__ = [
     "QuantScheme",
     "QuantizationDataType",
     "QuantizationSimModel",
+    "QuantizationSimModelOnnxExporter",
     "check_accumulator_overflow",
     "compute_encodings_for_sims",
     "load_checkpoint",
@@ -109,6 +110,19 @@ def _check_bitwidth(name: str, value: Any, low: int, is_float: bool) -> None:
         raise ValueError(f"{name}: expected 16 or 32 with default_data_type float, got {value}")
     if not low <= value <= 32:
         raise ValueError(f"{name}: expected {low} to 32 bits, got {value}")
+
+
+def _check_precision(output_bw: Any, param_bw: Any, data_type: Any) -> bool:
+    """Whether grids are floating-point ones; a ValueError for precisions that there are not."""
+    if data_type not in (QuantizationDataType.int, QuantizationDataType.float):
+        raise ValueError(
+            "default_data_type: expected QuantizationDataType.int or QuantizationDataType.float, "
+            f"got {data_type!r}"
+        )
+    is_float = bool(data_type == QuantizationDataType.float)
+    _check_bitwidth("default_output_bw", output_bw, 4, is_float)
+    _check_bitwidth("default_param_bw", param_bw, 2, is_float)
+    return is_float
 
 
 def _quantized_parts(model: nn.Module) -> list[str]:
@@ -211,15 +225,7 @@ class QuantizationSimModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         scheme = _checked_scheme(quant_scheme)
-        if default_data_type not in (QuantizationDataType.int, QuantizationDataType.float):
-            raise ValueError(
-                "default_data_type: expected QuantizationDataType.int or "
-                "QuantizationDataType.float, "
-                f"got {default_data_type!r}"
-            )
-        is_float = default_data_type == QuantizationDataType.float
-        _check_bitwidth("default_output_bw", default_output_bw, 4, is_float)
-        _check_bitwidth("default_param_bw", default_param_bw, 2, is_float)
+        is_float = _check_precision(default_output_bw, default_param_bw, default_data_type)
         _placing.analyzer_for(scheme, ())
         path = resolve_config(config_file)
         config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
@@ -263,31 +269,117 @@ class QuantizationSimModel:
         replacements = {id(recording.modules[path]): twin for path, twin in twins.of.items()}
         self.model = _placing.replace_modules(model, replacements)
         _placing.forbid_fast_paths(self.model)
+        # The unquantized modules have served their purpose; where they stood is kept.
+        self._recording = dataclasses.replace(recording, modules={}, scopes={})
+        self._paths = {
+            "twins": list(twins.of),
+            "ignored": list(twins.ignored),
+            "modules": list(recording.modules),
+            "scopes": list(recording.scopes),
+        }
+        self._quantize_functional_ops = quantize_functional_ops
+        self._quant_scheme = scheme
+        self._percentile_value = 100.0
+        self._excluded_layer_names: list[str] = []
+        self._note_placement(
+            recording,
+            twins,
+            plan,
+            functional_ops,
+            config,
+            path,
+            default_output_bw,
+            default_param_bw,
+            default_data_type,
+        )
+
+    def _note_placement(
+        self,
+        recording: Recording,
+        twins: _placing.Twins,
+        plan: dict[str, Any],
+        functional_ops: list[str],
+        config: _core.QuantSimConfig,
+        config_file: str,
+        default_output_bw: int,
+        default_param_bw: int,
+        default_data_type: QuantizationDataType,
+    ) -> None:
+        """What is said of the quantizers once they are in the model."""
         for path, quantizer in self.named_quantizers():
             quantizer._where = path
         self.report = SimulationReport._of(self, recording, twins, plan, functional_ops)
         for line in self.report.warnings():
             logger.warning(line)
-
-        # The unquantized modules have served their purpose.
-        self._recording = dataclasses.replace(recording, modules={}, scopes={})
         self._connected_graph: ConnectedGraph | None = None
-        self._quant_scheme = scheme
         self._default_output_bw = default_output_bw
         self._default_param_bw = default_param_bw
-        self._config_file = path
+        self._config_file = config_file
         self._hw_version = config.hw_version
         self._supported_kernels = config.supported_kernels
-        self._percentile_value = 100.0
-        self._excluded_layer_names: list[str] = []
         self.quant_args: dict[str, Any] = {
-            "quant_scheme": scheme.name,
+            "quant_scheme": self._quant_scheme.name,
             "param_bitwidth": default_param_bw,
             "activation_bitwidth": default_output_bw,
             "dtype": default_data_type.name,
             "is_symmetric": config.symmetric_params,
             "per_channel_quantization": config.any_per_channel,
         }
+
+    def configure_quantization_ops(
+        self,
+        config_file: str | None,
+        default_output_bw: int,
+        default_param_bw: int,
+        default_data_type: QuantizationDataType,
+    ) -> None:
+        """Places the quantizers anew, by another configuration: as if the simulation had been made
+        with these arguments.
+
+        All quantizers are new ones without a range; parameters stay as they are.
+
+        Args:
+            config_file, default_output_bw, default_param_bw, default_data_type: as of the
+                constructor.
+
+        Raises:
+            ValueError, FileNotFoundError, NotImplementedError: as the constructor; the simulation
+                is unchanged then.
+        """
+        is_float = _check_precision(default_output_bw, default_param_bw, default_data_type)
+        path = resolve_config(config_file)
+        config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
+        plan = self._recording.graph.place(
+            config, default_output_bw, default_param_bw, is_float, self._quantize_functional_ops
+        )
+        maker = _placing.QuantizerMaker(self.model, plan, self._quant_scheme)
+        maker.make_all()
+        at = self.model.get_submodule
+        places = {kind: {p: at(p) for p in paths} for kind, paths in self._paths.items()}
+        # Nothing fails from here on.
+        restore(self.model)
+        twins = _placing.Twins(places["twins"], places["ignored"], {})
+        recording = dataclasses.replace(
+            self._recording, modules=places["modules"], scopes=places["scopes"]
+        )
+        for module in self.qmodules():
+            for name in module.param_quantizers:
+                module.param_quantizers[name] = None  # type: ignore[assignment]
+        _placing.apply_plan(twins.of, plan, maker)
+        functional_ops: list[str] = []
+        if self._quantize_functional_ops:
+            functional_ops = _placing.make_functional(recording, twins, plan, maker)
+        self._note_placement(
+            recording,
+            twins,
+            plan,
+            functional_ops,
+            config,
+            path,
+            default_output_bw,
+            default_param_bw,
+            default_data_type,
+        )
 
     @staticmethod
     def _record(
@@ -708,30 +800,41 @@ class QuantizationSimModel:
     ) -> None:
         """Writes the model and its encodings, each file whole or not at all.
 
+        ``{prefix}.pth`` holds the model without quantizers, ``{prefix}_torch.encodings`` the
+        encodings by module names (format 0.6.1).
+
+        ``{prefix}.onnx`` holds the model without quantizers, its nodes called as the modules
+        (``layer1.conv``; where a module is several nodes ``fc``, ``fc#1.end``), and
+        ``{prefix}.encodings`` the encodings by the names of its tensors, in the format that
+        ``rimet.common.quantsim.encoding_version`` names. :func:`rimet.onnx.export` writes a model
+        that a runtime needs no encodings file for.
+
         With ``export_to_torchscript``: ``{prefix}.torchscript.pth`` holds the simulation with
         rimet's ops in it. It runs wherever the ops library is loaded, without Python too, and
-        computes what :attr:`model` computes. ``{prefix}.pth`` holds the model without quantizers,
-        ``{prefix}_torch.encodings`` the encodings by module names (format 0.6.1) and
-        ``{prefix}.encodings`` those by tensor names, in the format that
-        ``rimet.common.quantsim.encoding_version`` names: ``conv1.input.0``, ``conv1.output.0``,
-        ``conv1.weight``.
+        computes what :attr:`model` computes. Tensors are then called ``conv1.input.0``,
+        ``conv1.output.0``, ``conv1.weight``.
 
         Args:
             path: folder; made if it is not there.
             filename_prefix: first part of the files' names.
             dummy_input: example input, as for the constructor.
-            onnx_export_args: arguments of the ONNX export.
-            propagate_encodings: give tensors between the ops of one module encodings too; ONNX,
-                format 0.6.1 only.
+            onnx_export_args: arguments of ``torch.onnx.export``: a dict, or
+                :class:`rimet.onnx_utils.OnnxExportApiArgs`. By default the TorchScript exporter
+                and opset 20.
+            propagate_encodings: give tensors between the nodes of one module an entry with the
+                bit-width of the module's output, too; ONNX, format 0.6.1 only.
             export_to_torchscript: TorchScript instead of ONNX.
             use_embedded_encodings: refused, as by AIMET.
             export_model: whether the model itself is written, too.
             filename_prefix_encodings: another prefix for the encodings files.
-            apply_param_qdq: whether the parameters in ``{prefix}.pth`` have their quantized values.
+            apply_param_qdq: whether the parameters in ``{prefix}.pth`` and ``{prefix}.onnx`` have
+                their quantized values.
 
         Raises:
             RuntimeError: ``use_embedded_encodings``; ``propagate_encodings`` with another format
-                than 0.6.1; no ONNX export in this build; quantizers that were not calibrated.
+                than 0.6.1; ONNX with formats 2.0.0 and 2.1.0, which ``sim.onnx.export`` writes;
+                quantizers that were not calibrated.
+            ImportError: the packages of the extra ``rimet[onnx]`` are missing.
         """
         from rimet.common import quantsim
 
@@ -746,61 +849,229 @@ class QuantizationSimModel:
                 "propagate_encodings: needs rimet.common.quantsim.encoding_version 0.6.1, got "
                 f"{version}"
             )
-        if not export_to_torchscript:
-            raise RuntimeError(
-                "export: this build writes TorchScript only; pass export_to_torchscript=True, or "
-                "write the "
-                "encodings with save_encodings_to_json"
+        _check_calibrated(self.model)
+        original = self.get_original_model(self.model, qdq_weights=apply_param_qdq)
+        if export_to_torchscript:
+            self._export_torchscript(
+                path,
+                filename_prefix,
+                filename_prefix_encodings or filename_prefix,
+                self.model,
+                dummy_input,
+                self._excluded_layer_names,
+                self.quant_args,
+                export_model,
             )
-        self._check_calibrated()
-        folder = Path(path)
-        encodings_prefix = filename_prefix_encodings or filename_prefix
-        activations, params = _files.collect(self.model)
-        options = {
-            "quantizer_args": json.dumps(self.quant_args),
-            "excluded_layers": self._excluded_layer_names,
-            "producer_version": _version(),
-        }
-        by_module = _core.encodings_file(activations, params, version=None, **options)
-        by_tensor = _core.encodings_file(activations, params, version=version, **options)
+        else:
+            self.export_onnx_model_and_encodings(
+                path,
+                filename_prefix,
+                original,
+                self.model,
+                dummy_input,
+                onnx_export_args,
+                propagate_encodings,
+                excluded_layer_names=self._excluded_layer_names,
+                quantizer_args=self.quant_args,
+                export_model=export_model,
+                filename_prefix_encodings=filename_prefix_encodings,
+            )
         if export_model:
-            original = self.get_original_model(self.model, qdq_weights=apply_param_qdq)
-            with _files.atomic_path(folder / f"{filename_prefix}.pth") as part:
+            with _files.atomic_path(Path(path) / f"{filename_prefix}.pth") as part:
                 torch.save(original, part)
-            script = self._trace(dummy_input)
+
+    @classmethod
+    def export_onnx_model_and_encodings(
+        cls,
+        path: str,
+        filename_prefix: str,
+        original_model: nn.Module,
+        sim_model: nn.Module,
+        dummy_input: Any,
+        onnx_export_args: Any,
+        propagate_encodings: bool,
+        module_marker_map: Mapping[str, Any] | None = None,
+        is_conditional: bool = False,
+        excluded_layer_names: Sequence[str] | None = None,
+        quantizer_args: Mapping[str, Any] | None = None,
+        export_model: bool = True,
+        filename_prefix_encodings: str | None = None,
+    ) -> None:
+        """Writes ``{prefix}.onnx``, ``{prefix}.encodings`` and ``{prefix}_torch.encodings``: the ONNX
+        part of :meth:`export`, for any model with quantizers.
+
+        Args:
+            path, filename_prefix, dummy_input, onnx_export_args, propagate_encodings, export_model,
+                filename_prefix_encodings: see :meth:`export`.
+            original_model: the model without quantizers; its parameters are written.
+            sim_model: the model with quantizers.
+            module_marker_map, is_conditional: for AIMET's callers; names come from the exporter's
+                scopes, which need no second run of the model.
+            excluded_layer_names: as the encodings file lists them.
+            quantizer_args: global settings, as the encodings file states them.
+
+        Raises:
+            RuntimeError, ImportError: see :meth:`export`.
+        """
+        from rimet._onnx._require import require_onnx
+        from rimet.common import quantsim
+        from rimet.onnx_utils import _export_kwargs
+
+        version = quantsim.encoding_version
+        if version not in ("0.6.1", "1.0.0"):
+            raise RuntimeError(
+                "rimet.common.quantsim.encoding_version: export writes formats 0.6.1 and 1.0.0, got "
+                f"{version}; sim.onnx.export writes the others"
+            )
+        kwargs = _export_kwargs(onnx_export_args)
+        require_onnx()
+        from rimet._onnx.export import export_named_by_modules
+
+        args, keywords = bind_inputs(sim_model, dummy_input)
+        if keywords:
+            kwargs["kwargs"] = {**keywords, **(kwargs.get("kwargs") or {})}
+        folder = Path(path)
+        text = export_named_by_modules(
+            original_model,
+            sim_model,
+            args,
+            folder / f"{filename_prefix}.onnx" if export_model else None,
+            propagate_encodings=propagate_encodings,
+            encoding_version=version,
+            quantizer_args=quantizer_args or {},
+            excluded_layers=excluded_layer_names or (),
+            kwargs=kwargs,
+        )
+        prefix = filename_prefix_encodings or filename_prefix
+        _files.write_text(folder / f"{prefix}.encodings", text)
+        by_module = _encodings_by_module(sim_model, excluded_layer_names, quantizer_args)
+        _files.write_text(folder / f"{prefix}_torch.encodings", by_module)
+
+    @classmethod
+    def export_torch_script_model_and_encodings(
+        cls,
+        path: str,
+        filename_prefix: str,
+        filename_prefix_encodings: str,
+        original_model: nn.Module,
+        sim_model: nn.Module,
+        dummy_input: Any,
+        excluded_layer_names: Sequence[str] | None = None,
+    ) -> None:
+        """Writes ``{prefix}.torchscript.pth``, ``{prefix}.encodings`` and
+        ``{prefix}_torch.encodings``: the TorchScript part of :meth:`export`, for any model with
+        quantizers.
+
+        Args:
+            path, filename_prefix, filename_prefix_encodings, dummy_input: see :meth:`export`.
+            original_model: the model without quantizers; the file holds the one with quantizers.
+            sim_model: the model with quantizers.
+            excluded_layer_names: as the encodings file lists them.
+
+        Raises:
+            RuntimeError: quantizers that were not calibrated.
+        """
+        _check_calibrated(sim_model)
+        cls._export_torchscript(
+            path,
+            filename_prefix,
+            filename_prefix_encodings,
+            sim_model,
+            dummy_input,
+            excluded_layer_names,
+            None,
+            True,
+        )
+
+    @staticmethod
+    def find_op_names_for_layer(
+        layer_name: str,
+        op_to_io_tensor_map: Mapping[str, Any],
+        tensor_to_consumer_map: Mapping[str, str] | None,
+        layers_to_onnx_op_names: Mapping[str, Sequence[str]] | None,
+    ) -> tuple[list[str], list[str]]:
+        """The nodes of an exported graph that a module became.
+
+        Args:
+            layer_name: path of the module.
+            op_to_io_tensor_map: the graph's nodes, as
+                :meth:`rimet.onnx_utils.OnnxSaver.get_onnx_node_to_io_tensor_names_map` gives them
+                for a file of :meth:`export`.
+            tensor_to_consumer_map, layers_to_onnx_op_names: for AIMET's callers; the names of the
+                nodes say it all.
+
+        Returns:
+            The node that gives the module's result, and all its nodes; empty lists if there are
+            none.
+        """
+        nodes = [name for name in op_to_io_tensor_map if name.partition("#")[0] == layer_name]
+        return nodes[-1:], nodes
+
+    def run_modules_for_traced_custom_marker(
+        self, module_list: Sequence[nn.Module], dummy_input: Any
+    ) -> None:
+        """Traces modules of this simulation, without quantizers, each on the inputs that it gets
+        when the model runs.
+
+        The traced modules are kept for :meth:`export_onnx_model_and_encodings`, as AIMET's callers
+        expect; the export itself does not need them.
+
+        Args:
+            module_list: modules of :attr:`model`.
+            dummy_input: example input, as for the constructor.
+
+        Raises:
+            RuntimeError: a module that did not run.
+        """
+        from rimet.onnx_utils import CustomMarker
+
+        inputs: dict[str, tuple[Any, ...]] = {}
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for module in module_list:
+
+                def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+                    inputs.setdefault(paths[id(module)], args)
+
+                stack.callback(module.register_forward_pre_hook(keep).remove)
+            args, kwargs = bind_inputs(self.model, dummy_input)
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        self._module_marker_map: dict[str, Any] = {}
+        for module in module_list:
+            path = paths.get(id(module))
+            if path is None or path not in inputs:
+                raise RuntimeError(f"module_list: {path or type(module).__name__} did not run")
+            marker = CustomMarker(self.get_original_model(module).eval(), path, "True")
+            self._module_marker_map[path] = torch.jit.trace(
+                marker, inputs[path], check_trace=False, strict=False
+            )
+
+    @staticmethod
+    def _export_torchscript(
+        path: str,
+        filename_prefix: str,
+        filename_prefix_encodings: str,
+        sim_model: nn.Module,
+        dummy_input: Any,
+        excluded_layer_names: Sequence[str] | None,
+        quantizer_args: Mapping[str, Any] | None,
+        export_model: bool,
+    ) -> None:
+        from rimet.common import quantsim
+
+        folder = Path(path)
+        settings = (excluded_layer_names, quantizer_args)
+        by_module = _encodings_by_module(sim_model, *settings)
+        by_tensor = _encodings_by_module(sim_model, *settings, quantsim.encoding_version)
+        if export_model:
+            script = _traced(sim_model, dummy_input)
             with _files.atomic_path(folder / f"{filename_prefix}.torchscript.pth") as part:
                 torch.jit.save(script, str(part))
-        _files.write_text(folder / f"{encodings_prefix}_torch.encodings", by_module)
-        _files.write_text(folder / f"{encodings_prefix}.encodings", by_tensor)
-
-    def _trace(self, dummy_input: Any) -> Any:
-        args, kwargs = bind_inputs(self.model, dummy_input)
-        with evaluating(self.model):
-            if kwargs and not args:
-                return torch.jit.trace(
-                    self.model, example_kwarg_inputs=kwargs, check_trace=False, strict=False
-                )
-            if kwargs:
-                raise RuntimeError(
-                    "dummy_input: TorchScript takes either positional or keyword arguments, got "
-                    "both"
-                )
-            return torch.jit.trace(self.model, args, check_trace=False, strict=False)
-
-    def _check_calibrated(self) -> None:
-        empty = [
-            path
-            for path, quantizer in self.named_quantizers()
-            if not quantizer.is_initialized() and not quantizer._is_idle()
-        ]
-        if empty:
-            shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
-            raise RuntimeError(
-                f"{len(empty)} quantizers are not calibrated: {shown}. Run compute_encodings on "
-                "data that "
-                "reaches them, load encodings, or exclude their layers with "
-                "exclude_layers_from_quantization"
-            )
+        prefix = filename_prefix_encodings
+        _files.write_text(folder / f"{prefix}_torch.encodings", by_module)
+        _files.write_text(folder / f"{prefix}.encodings", by_tensor)
 
     def export_weights_to_safetensors(self, path: str, filename_prefix: str) -> None:
         """Writes the parameters and buffers of the original model, with their quantized values, to
@@ -818,6 +1089,11 @@ class QuantizationSimModel:
         with _files.atomic_path(Path(path) / f"{filename_prefix}.safetensors") as part:
             save_file(tensors, part)
 
+    @property
+    def onnx(self) -> QuantizationSimModelOnnxExporter:
+        """Export of this simulation as a floating-point ONNX model with an encodings file."""
+        return QuantizationSimModelOnnxExporter(self)
+
     def __str__(self) -> str:
         enabled = sum(1 for _ in self.quantizers())
         modules = sum(1 for _ in self.qmodules())
@@ -826,6 +1102,118 @@ class QuantizationSimModel:
     def __getstate__(self) -> dict[str, Any]:
         # The view refers to modules of this object's model; a copy makes its own.
         return {**self.__dict__, "_connected_graph": None}
+
+
+def _encodings_by_module(
+    model: nn.Module,
+    excluded_layers: Sequence[str] | None,
+    quantizer_args: Mapping[str, Any] | None,
+    version: str | None = None,
+) -> str:
+    """Text of an encodings file by module names, or with ``version`` in the form of files by tensor
+    names."""
+    activations, params = _files.collect(model)
+    text: str = _core.encodings_file(
+        activations,
+        params,
+        version=version,
+        quantizer_args=json.dumps(quantizer_args or {}),
+        excluded_layers=list(excluded_layers or ()),
+        producer_version=_version(),
+    )
+    return text
+
+
+def _traced(model: nn.Module, dummy_input: Any) -> Any:
+    """A model as TorchScript."""
+    args, kwargs = bind_inputs(model, dummy_input)
+    with evaluating(model):
+        if kwargs and not args:
+            return torch.jit.trace(
+                model, example_kwarg_inputs=kwargs, check_trace=False, strict=False
+            )
+        if kwargs:
+            raise RuntimeError(
+                "dummy_input: TorchScript takes either positional or keyword arguments, got both"
+            )
+        return torch.jit.trace(model, args, check_trace=False, strict=False)
+
+
+def _check_calibrated(model: nn.Module) -> None:
+    empty = _files.uncalibrated(model)
+    if empty:
+        shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
+        raise RuntimeError(
+            f"{len(empty)} quantizers are not calibrated: {shown}. Run compute_encodings on data "
+            "that reaches them, load encodings, or exclude their layers with "
+            "exclude_layers_from_quantization"
+        )
+
+
+class QuantizationSimModelOnnxExporter:
+    """ONNX export of a simulation, for runtimes that take encodings as a file. ``sim.onnx`` is one.
+
+    :func:`rimet.onnx.export` writes the encodings into the graph instead.
+
+    Args:
+        sim: the simulation.
+    """
+
+    def __init__(self, sim: QuantizationSimModel) -> None:
+        self.sim = sim
+
+    def export(
+        self,
+        args: Any,
+        f: str | os.PathLike[str],
+        *,
+        encoding_version: str | None = None,
+        export_int32_bias: bool | None = None,
+        force_activation_as: Literal["unsigned", "signed"] | None = "unsigned",
+        **kwargs: Any,
+    ) -> None:
+        """Writes the model without quantizers to ``f``, and the encodings by the names of its
+        tensors beside it, with the suffix ``.encodings``.
+
+        Tensors that hold elements of quantized ones only (reshaped, transposed, cut) have an
+        encoding, too. float16 and bfloat16 quantizers are left out.
+
+        Args:
+            args: example inputs, as of ``torch.onnx.export``.
+            f: path of the ONNX file.
+            encoding_version: format of the encodings file; by default
+                ``rimet.common.quantsim.encoding_version``.
+            export_int32_bias: whether biases have encodings, of 32-bit integers in units of input
+                scale times weight scale; by default from format 2.0.0 on.
+            force_activation_as: see :func:`rimet.onnx.export`.
+            **kwargs: of ``torch.onnx.export``, as for :func:`rimet.onnx.export`.
+
+        Raises:
+            ImportError: the packages of the extra ``rimet[onnx]`` are missing.
+            RuntimeError: quantizers that are not calibrated, or that the format cannot express.
+            ValueError: another ``encoding_version``, ``opset_version`` or ``force_activation_as``.
+            NotImplementedError: see :func:`rimet.onnx.export`.
+        """
+        from rimet._onnx._require import require_onnx
+        from rimet.common import quantsim
+        from rimet.quantization.affine.encoding import check_encoding_version
+
+        version = check_encoding_version(
+            quantsim.encoding_version if encoding_version is None else encoding_version
+        )
+        require_onnx()
+        from rimet._onnx.export import export_with_encodings
+
+        is_version_2 = version.startswith("2.")
+        export_with_encodings(
+            self.sim,
+            args,
+            f,
+            encoding_version=version,
+            export_int32_bias=is_version_2 if export_int32_bias is None else export_int32_bias,
+            force_activation_as=force_activation_as,
+            kwargs=kwargs,
+        )
 
 
 def _version() -> str:
