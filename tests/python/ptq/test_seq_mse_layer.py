@@ -193,19 +193,21 @@ def test_candidates_left_halfway_could_not_win(tail: float, grid: str, loss: str
     assert check_layer(layer, x, x, loss=loss)["method"] == "gram"
 
 
+@pytest.mark.parametrize(("rows", "method"), [(64, "rows"), (1024, "gram")])
 @pytest.mark.parametrize("inp_symmetry", ["symqt", "asym"])
-def test_inputs_that_are_all_alike(inp_symmetry: str) -> None:
+def test_inputs_that_are_all_alike(inp_symmetry: str, rows: int, method: str) -> None:
     """A channel's loss is the square of one dot product, which is almost zero for a good candidate: bounds
-    lose digits there.
+    lose digits there, and so does the Gram matrix.
     """
-    layer, x, xq = quantized("linear, square", "per-channel")
-    x, xq = (torch.rand(1, 256).expand(x.shape) + 1e-6 * t for t in (x, xq))
+    layer, _, _ = quantized("linear, square", "per-channel")
+    x, xq = (torch.rand(1, 256) + 1e-6 * torch.randn(rows, 256) for _ in range(2))
     with torch.no_grad():
         losses = direct_losses(layer, x, xq, inp_symmetry)
     result = search(layer, [x], [xq], inp_symmetry=inp_symmetry)
+    assert result["method"] == method
     chosen = losses.gather(0, (result["candidate"] - 1)[None])[0]
     # What float32 makes of a dot product of 256 terms: 1e-7 of the lengths, squared over all rows.
-    rounding = 64 * (1e-7 * x[0].norm() * layer.weight.detach().norm(dim=1, keepdim=True)) ** 2
+    rounding = rows * (1e-7 * x[0].norm() * layer.weight.detach().norm(dim=1, keepdim=True)) ** 2
     assert bool((chosen <= 1.001 * losses.min(0).values + rounding).all())
 
 
