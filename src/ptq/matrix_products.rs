@@ -15,12 +15,13 @@
 
 use super::linear_map::LinearMap;
 use crate::error::Result;
-use tch::Tensor;
+use crate::ops::RowCombinations;
+use tch::{Device, Tensor};
 
-/// Multiply-adds in the time of reading or writing one element of what no cache of a core holds. Measured with
-/// float32, matrix products of the sizes of ResNet-18, AVX-512 and two cores: 75 to 95 million multiply-adds
-/// per millisecond, 8 to 10 million elements.
-pub const OPERATIONS_PER_ELEMENT: f64 = 10.0;
+/// Multiply-adds in the time of reading or writing one element of what no core's own cache holds. Measured with
+/// float32, products of the sizes of ResNet-18, AVX-512 and two cores: 55 to 95 million multiply-adds per
+/// millisecond, 15 to 20 million elements.
+const OPERATIONS_PER_ELEMENT: f64 = 5.0;
 
 /// Taps of the filter of every [`Line`].
 const TAPS: i64 = 3;
@@ -92,10 +93,12 @@ struct Filtering {
     lines: Vec<&'static Line>,
     /// Zeros ahead of the input.
     padding: Vec<i64>,
-    /// Kronecker products of the lines' matrices.
-    input: Tensor,
-    kernel: Tensor,
-    output: Tensor,
+    /// Kronecker products of the lines' matrices, and of the transposed ones.
+    input: RowCombinations,
+    kernel: RowCombinations,
+    kernel_transposed: RowCombinations,
+    output: RowCombinations,
+    output_transposed: RowCombinations,
 }
 
 /// How a convolution is computed as matrix products.
@@ -120,8 +123,8 @@ impl<'a> MatrixProducts<'a> {
         })
     }
 
-    /// By minimal filtering; None unless there are three taps in every dimension, side by side, one group, and
-    /// a stride of one.
+    /// By minimal filtering, on the CPU; None unless there are three taps in every dimension, side by side, one
+    /// group, and a stride of one.
     ///
     /// # Errors
     /// What torch refuses.
@@ -135,7 +138,8 @@ impl<'a> MatrixProducts<'a> {
         };
         let size = weight.size();
         let all = |list: &[i64], value: i64| list.iter().all(|&x| x == value);
-        if c.transposed
+        if weight.device() != Device::Cpu
+            || c.transposed
             || c.groups != 1
             || !all(&size[2..], TAPS)
             || !all(&c.stride, 1)
@@ -156,24 +160,30 @@ impl<'a> MatrixProducts<'a> {
         let padding = (0..places.len())
             .map(|d| if is_between_zeros(d) { 0 } else { c.padding[d] })
             .collect();
-        let kronecker = |matrix: &dyn Fn(&Line) -> (&'static [f64], i64)| -> Result<Tensor> {
+        let kronecker = |matrix: &dyn Fn(&Line) -> (&'static [f64], i64), transposed: bool| {
             let mut product = Tensor::from_slice(&[1.0_f64]).f_reshape([1, 1])?;
             for line in &lines {
                 let (values, columns) = matrix(line);
                 product = product.f_kron(&Tensor::from_slice(values).f_reshape([-1, columns])?)?;
             }
-            Ok(product
-                .f_to_device(weight.device())?
-                .f_to_kind(weight.kind())?)
+            if transposed {
+                product = product.f_transpose(0, 1)?;
+            }
+            let values: Vec<f64> = product.f_flatten(0, 1)?.try_into()?;
+            RowCombinations::new(&values, product.size()[1] as usize)
         };
+        let kernel = |line: &Line| (line.kernel, TAPS);
+        let output = |line: &Line| (line.output, line.products);
         Ok(Some(Self {
             map,
             weight_size: size,
             places: places.to_vec(),
             filtering: Some(Filtering {
-                input: kronecker(&|line| (line.input, line.inputs))?,
-                kernel: kronecker(&|line| (line.kernel, TAPS))?,
-                output: kronecker(&|line| (line.output, line.products))?,
+                input: kronecker(&|line| (line.input, line.inputs), false)?,
+                kernel: kronecker(&kernel, false)?,
+                kernel_transposed: kronecker(&kernel, true)?,
+                output: kronecker(&output, false)?,
+                output_transposed: kronecker(&output, true)?,
                 lines,
                 padding,
             }),
@@ -288,10 +298,10 @@ impl<'a> MatrixProducts<'a> {
             tiles = tiles.f_unfold(2 + d as i64, line.inputs, OUTPUTS)?;
         }
         let tiles = taps_first(&tiles, dims)?;
-        let rows = tiles.f_reshape([filtering.input.size()[1], -1])?;
+        let rows = tiles.f_reshape([filtering.input.columns() as i64, -1])?;
         Ok(filtering
             .input
-            .f_mm(&rows)?
+            .apply(&rows)?
             .f_reshape([self.products(), samples, -1])?)
     }
 
@@ -320,8 +330,8 @@ impl<'a> MatrixProducts<'a> {
         let Some(filtering) = &self.filtering else {
             return self.map.matrix(weight);
         };
-        let taps = weight.f_reshape([filtering.kernel.size()[1], -1])?;
-        Ok(filtering.kernel.f_mm(&taps)?.f_reshape([
+        let taps = weight.f_reshape([filtering.kernel.columns() as i64, -1])?;
+        Ok(filtering.kernel.apply(&taps)?.f_reshape([
             self.products(),
             self.out_channels(),
             self.depth(),
@@ -333,10 +343,7 @@ impl<'a> MatrixProducts<'a> {
         let out = self.out_channels();
         Ok(match &self.filtering {
             None => products.f_reshape([-1, out])?,
-            Some(filtering) => filtering
-                .output
-                .f_mm(&products.f_reshape([self.products(), -1])?)?
-                .f_reshape([-1, out])?,
+            Some(filtering) => filtering.output.apply(products)?.f_reshape([-1, out])?,
         })
     }
 
@@ -360,9 +367,8 @@ impl<'a> MatrixProducts<'a> {
                 .f_zero_()?;
         }
         Ok(filtering
-            .output
-            .f_transpose(0, 1)?
-            .f_mm(&grad.f_reshape([self.outputs(), -1])?)?
+            .output_transposed
+            .apply(&grad.f_reshape([self.outputs(), -1])?)?
             .f_reshape([self.products(), -1, out])?)
     }
 
@@ -376,11 +382,7 @@ impl<'a> MatrixProducts<'a> {
             .iter()
             .map(|&d| self.weight_size[d as usize])
             .collect();
-        Ok(filtering
-            .kernel
-            .f_transpose(0, 1)?
-            .f_mm(&grad.f_reshape([self.products(), -1])?)?
-            .f_reshape(&size)?)
+        Ok(filtering.kernel_transposed.apply(grad)?.f_reshape(&size)?)
     }
 }
 
