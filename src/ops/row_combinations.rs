@@ -14,6 +14,9 @@ pub struct RowCombinations {
 }
 
 impl RowCombinations {
+    /// Columns of the matrix at the most.
+    pub const MOST_COLUMNS: usize = MOST_ROWS;
+
     /// Of a matrix given row by row, with so many columns.
     ///
     /// # Errors
