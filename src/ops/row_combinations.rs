@@ -67,6 +67,18 @@ impl RowCombinations {
     /// [`Error::Value`] for another number of rows, [`Error::Type`] for anything but float32 and float64 on the
     /// CPU.
     pub fn apply(&self, input: &Tensor) -> Result<Tensor> {
+        let len = input.numel() / self.columns;
+        let options = (input.kind(), input.device());
+        let output = Tensor::f_empty([self.rows() as i64, len as i64], options)?;
+        self.apply_into(input, &output)?;
+        Ok(output)
+    }
+
+    /// The same into a contiguous `output` of as many elements, whatever its shape.
+    ///
+    /// # Errors
+    /// Also [`Error::Value`] for another output.
+    pub fn apply_into(&self, input: &Tensor, output: &Tensor) -> Result<()> {
         let size = input.size();
         if size.first() != Some(&(self.columns as i64)) {
             return Err(Error::value(
@@ -85,16 +97,34 @@ impl RowCombinations {
         }
         let input = input.f_contiguous()?;
         let len = input.numel() / self.columns;
-        let output = Tensor::f_empty([self.rows() as i64, len as i64], (kind, Device::Cpu))?;
+        let bytes = |tensor: &Tensor| {
+            let begin = tensor.data_ptr() as usize;
+            begin..begin + tensor.numel() * kind.elt_size_in_bytes()
+        };
+        let (read, written) = (bytes(&input), bytes(output));
+        if (output.device(), output.kind(), output.numel())
+            != (Device::Cpu, kind, self.rows() * len)
+            || !output.is_contiguous()
+            || read.start < written.end && written.start < read.end
+        {
+            return Err(Error::value(
+                "output",
+                format!(
+                    "contiguous, {} elements of {kind:?}, apart from the input",
+                    self.rows() * len
+                ),
+                format!("{:?}, shape {:?}", output.kind(), output.size()),
+            ));
+        }
         // SAFETY: both tensors are contiguous and of this type, `input` of `columns` rows of `len` elements,
-        // `output`, which nobody else has, of as many as there are lists of terms.
+        // `output` of as many as there are lists of terms, and they do not overlap.
         unsafe {
             match kind {
-                Kind::Double => combine(&self.double, self.columns, len, &input, &output),
-                _ => combine(&self.single, self.columns, len, &input, &output),
+                Kind::Double => combine(&self.double, self.columns, len, &input, output),
+                _ => combine(&self.single, self.columns, len, &input, output),
             }
         }
-        Ok(output)
+        Ok(())
     }
 }
 
@@ -152,5 +182,17 @@ mod tests {
             combinations.apply(&rows(3, Kind::Half)),
             Err(Error::Type { .. })
         ));
+        let input = rows(3, Kind::Float);
+        for output in [
+            rows(3, Kind::Float),
+            rows(2, Kind::Double),
+            rows(2, Kind::Float).transpose(0, 1),
+            input.narrow(0, 1, 2),
+        ] {
+            assert!(combinations.apply_into(&input, &output).is_err());
+        }
+        combinations
+            .apply_into(&input, &rows(2, Kind::Float))
+            .unwrap();
     }
 }

@@ -3,7 +3,7 @@
 use super::{Activation, BatchShape, Layer, BATCH_SIZE};
 use crate::error::Result;
 use crate::ops::reconstruction_gradient;
-use crate::ptq::matrix_products::MatrixProducts;
+use crate::ptq::matrix_products::{MatrixProducts, Reused};
 use crate::ptq::random::Random;
 use tch::{Reduction, Tensor};
 
@@ -12,8 +12,19 @@ pub(super) struct Minibatch<'a> {
     sampler: Sampler,
     /// `None`: through the layer.
     prepared: Option<Prepared<'a>>,
-    /// Inputs of the last step, whose memory the next one takes.
-    drawn: Option<Tensor>,
+    memory: Memory,
+}
+
+/// What steps write to in turns.
+#[derive(Debug, Default)]
+struct Memory {
+    inputs: Reused,
+    /// Those of the weight, then their gradients; of a filtered one.
+    kernels: Reused,
+    /// And their gradients.
+    products: Reused,
+    outputs: Reused,
+    weight: Reused,
 }
 
 /// Inputs and targets of all samples, as matrix products take and give them.
@@ -51,7 +62,7 @@ impl<'a> Minibatch<'a> {
         Self {
             sampler: Sampler::new(batches, seed),
             prepared: None,
-            drawn: None,
+            memory: Memory::default(),
         }
     }
 
@@ -99,7 +110,7 @@ impl<'a> Minibatch<'a> {
         Ok(Self {
             sampler: Sampler::new(batches, seed),
             prepared,
-            drawn: None,
+            memory: Memory::default(),
         })
     }
 
@@ -107,31 +118,17 @@ impl<'a> Minibatch<'a> {
     pub(super) fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
         let samples = self.sampler.draw();
         match &self.prepared {
-            Some(prepared) => prepared.gradient(layer, rounded, &samples, &mut self.drawn),
-            None => gradient_of_layer(layer, rounded, &samples, &mut self.drawn),
+            Some(prepared) => prepared.gradient(layer, rounded, &samples, &mut self.memory),
+            None => gradient_of_layer(layer, rounded, &samples, &mut self.memory),
         }
     }
-}
-
-/// Memory of a size for the inputs of a step: the last one's if they are as many.
-fn buffer<'b>(drawn: &'b mut Option<Tensor>, size: &[i64], like: &Tensor) -> Result<&'b Tensor> {
-    let fits = drawn
-        .as_ref()
-        .is_some_and(|buffer| buffer.size() == size && buffer.kind() == like.kind());
-    if !fits {
-        *drawn = None;
-    }
-    Ok(match drawn {
-        Some(buffer) => buffer,
-        None => drawn.insert(Tensor::f_empty(size, (like.kind(), like.device()))?),
-    })
 }
 
 fn gradient_of_layer(
     layer: &Layer<'_>,
     rounded: &Tensor,
     samples: &[(usize, i64)],
-    drawn: &mut Option<Tensor>,
+    memory: &mut Memory,
 ) -> Result<Tensor> {
     let map = layer.problem.map;
     let mut begin = 0;
@@ -152,12 +149,12 @@ fn gradient_of_layer(
     // The batches themselves stay where they are.
     let mut size = inputs[0].size();
     size[0] = begin;
-    let input = buffer(drawn, &size, &inputs[0])?;
+    let input = memory.inputs.take(&size, &inputs[0])?;
     for (batch, part) in inputs.iter().zip(&parts) {
         let place = input.f_narrow(0, part.begin, part.len)?;
         let _ = batch.f_index_select_out(&place, 0, &part.samples)?;
     }
-    let input = layer.padded(input)?;
+    let input = layer.padded(&input)?;
     let output = layer.forward(&input, rounded)?.f_contiguous()?;
     let grad = layer.output_gradient(&output, &parts, map.num_rows(&output))?;
     map.weight_gradient(&grad, &input, rounded)
@@ -169,7 +166,7 @@ impl Prepared<'_> {
         layer: &Layer<'_>,
         rounded: &Tensor,
         samples: &[(usize, i64)],
-        drawn: &mut Option<Tensor>,
+        memory: &mut Memory,
     ) -> Result<Tensor> {
         let products = &self.products;
         let places: Vec<i64> = samples
@@ -178,14 +175,19 @@ impl Prepared<'_> {
             .collect();
         let count = places.len() as i64;
         let size = self.inputs.size();
-        let input = buffer(drawn, &[size[0], count, size[2]], &self.inputs)?;
+        let drawn = memory
+            .inputs
+            .take(&[size[0], count, size[2]], &self.inputs)?;
         let _ = self
             .inputs
-            .f_index_select_out(input, 1, &Tensor::from_slice(&places))?;
-        let rows = input.f_view([size[0], count * products.tiles(), -1])?;
+            .f_index_select_out(&drawn, 1, &Tensor::from_slice(&places))?;
+        let rows = drawn.f_view([size[0], count * products.tiles(), -1])?;
 
-        let kernels = products.kernels(rounded)?;
-        let mut output = products.output(&rows.f_bmm(&kernels.f_transpose(1, 2)?)?)?;
+        let kernels = products.kernels(rounded, &mut memory.kernels)?;
+        let size = [rows.size()[0], rows.size()[1], kernels.size()[1]];
+        let of_rows = memory.products.take(&size, &rows)?;
+        let _ = rows.f_bmm_out(&of_rows, &kernels.f_transpose(1, 2)?)?;
+        let mut output = products.output(&of_rows, &mut memory.outputs)?;
         if let Some(bias) = layer.bias {
             let _ = output.f_add_(bias)?;
         }
@@ -203,8 +205,10 @@ impl Prepared<'_> {
             len: of_outputs.len() as i64,
         };
         let grad = layer.output_gradient(&output, &[part], count * products.places())?;
-        let grad = products.products_gradient(&grad, count)?;
-        products.weight_gradient(&grad.f_transpose(1, 2)?.f_bmm(&rows)?)
+        let grad = products.products_gradient(&grad, count, &mut memory.products)?;
+        let of_kernels = memory.kernels.take(&kernels.size(), &kernels)?;
+        let _ = grad.f_transpose(1, 2)?.f_bmm_out(&of_kernels, &rows)?;
+        products.weight_gradient(&of_kernels, &mut memory.weight)
     }
 }
 

@@ -250,7 +250,8 @@ def test_a_seed_gives_the_same_bits_by_minimal_filtering() -> None:
     target = layer.get_original_module()(x).detach()
 
     def weight(seed: int) -> Tensor:
-        result = run(layer, list(x.split(20)), list(target.split(20)), seed=seed)
+        batches = list(x.split(20)), list(target.split(20))
+        result = run(layer, *batches, ("relu", [], None), seed=seed)
         assert result["method"] == "minibatch, minimal filtering"
         found: Tensor = result["weight"]
         return found
