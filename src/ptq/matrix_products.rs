@@ -504,18 +504,14 @@ fn taps_first(tiles: &Tensor, dims: usize) -> Result<Tensor> {
 }
 
 /// Multiply-adds of output and weight gradient of a layer as torch computes them, for so many rows of outputs; with
-/// what a convolution takes for bringing the weight into an order of its own, and its gradient back. With a stride
-/// torch's convolutions were measured to reach three quarters of their speed.
+/// what a convolution takes for bringing the weight into an order of its own, and its gradient back.
 pub fn layer_operations(map: &LinearMap, weight: &Tensor, rows: f64) -> f64 {
     let elements = weight.numel() as f64;
-    let (slowness, moved) = match map {
-        LinearMap::Linear => (1.0, 2.0 * elements),
-        LinearMap::Convolution { convolution, .. } => {
-            let strided = convolution.stride.iter().any(|&stride| stride > 1);
-            (if strided { 4.0 / 3.0 } else { 1.0 }, 6.0 * elements)
-        }
+    let moved = match map {
+        LinearMap::Linear => 2.0 * elements,
+        LinearMap::Convolution { .. } => 6.0 * elements,
     };
-    2.0 * rows * elements * slowness + OPERATIONS_PER_ELEMENT * moved
+    2.0 * rows * elements + OPERATIONS_PER_ELEMENT * moved
 }
 
 #[cfg(test)]
