@@ -43,6 +43,7 @@ __all__ = [
     "registered_version",
     "seq_mse_layer",
     "scale_quantizer_range",
+    "tensor_encodings_file",
 ]
 
 __version__: str
@@ -291,3 +292,12 @@ def seq_mse_layer(
     progress: Any = ...,
 ) -> dict[str, Any]: ...
 def scale_quantizer_range(min: Any, max: Any, scale: Any) -> Any: ...
+def tensor_encodings_file(
+    tensors: Any,
+    params: Any,
+    *,
+    version: Any,
+    quantizer_args: Any,
+    excluded_layers: Any,
+    producer_version: Any,
+) -> Any: ...

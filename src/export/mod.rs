@@ -127,6 +127,8 @@ pub type Named<'e> = (String, &'e Encoding);
 #[derive(Debug, Clone, Default)]
 pub struct ModelEncodings {
     pub activations: Vec<(String, Side, usize, Encoding)>,
+    /// Activations that have names of their own, as tensors of an ONNX graph do.
+    pub tensors: Vec<(String, Encoding)>,
     /// By `module.param`.
     pub params: Vec<(String, Encoding)>,
     pub excluded_layers: Vec<String>,
@@ -136,7 +138,7 @@ pub struct ModelEncodings {
 }
 
 impl ModelEncodings {
-    /// Activations and parameters by tensor name; activations are called `module.input.0`, `module.output.0`.
+    /// Activations and parameters by tensor name; those of modules are called `module.input.0`, `module.output.0`.
     pub fn by_tensor(&self) -> (Vec<Named<'_>>, Vec<Named<'_>>) {
         let activations = self
             .activations
@@ -150,11 +152,15 @@ impl ModelEncodings {
                 let separator = if module.is_empty() { "" } else { "." };
                 (format!("{module}{separator}{side}.{index}"), encoding)
             });
+        let tensors = self
+            .tensors
+            .iter()
+            .map(|(name, encoding)| (name.clone(), encoding));
         let params = self
             .params
             .iter()
             .map(|(name, encoding)| (name.clone(), encoding));
-        (activations.collect(), params.collect())
+        (activations.chain(tensors).collect(), params.collect())
     }
 }
 
@@ -342,6 +348,23 @@ mod tests {
             unsigned_zero: false,
         };
         assert_eq!(fp8.name(), "float8e4m3fn");
+    }
+
+    #[test]
+    fn tensors_keep_their_names() {
+        let mut model = model();
+        let grid = affine(0, 255, false, &[0.5], &[0.0]);
+        model.tensors = vec![("/relu/Relu_output_0".into(), grid)];
+        let names: Vec<String> = model
+            .by_tensor()
+            .0
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        assert_eq!(
+            names,
+            ["conv.input.0", "conv.output.0", "/relu/Relu_output_0"]
+        );
     }
 
     #[test]

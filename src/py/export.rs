@@ -102,6 +102,22 @@ fn encodings_sections(
     Ok(export::to_text(&serde_json::Value::Object(sections))?)
 }
 
+/// The settings at the head of an encodings file.
+fn with_header(
+    model: ModelEncodings,
+    quantizer_args: &str,
+    excluded_layers: Vec<String>,
+    producer_version: String,
+) -> PyResult<ModelEncodings> {
+    Ok(ModelEncodings {
+        quantizer_args: serde_json::from_str(quantizer_args)
+            .map_err(|e| EncodingsError::Json(e.to_string()))?,
+        excluded_layers,
+        producer_version,
+        ..model
+    })
+}
+
 /// A whole encodings file as JSON text: by module names (always format 0.6.1), or by tensor names in `version`.
 #[pyfunction]
 #[pyo3(signature = (activations, params, *, version, quantizer_args, excluded_layers, producer_version))]
@@ -113,15 +129,31 @@ fn encodings_file(
     excluded_layers: Vec<String>,
     producer_version: String,
 ) -> PyResult<String> {
-    let mut model = model(activations, params)?;
-    model.quantizer_args =
-        serde_json::from_str(quantizer_args).map_err(|e| EncodingsError::Json(e.to_string()))?;
-    model.excluded_layers = excluded_layers;
-    model.producer_version = producer_version;
+    let model = model(activations, params)?;
+    let model = with_header(model, quantizer_args, excluded_layers, producer_version)?;
     match version {
         None => Ok(export::to_text(&v0_6_1::module_file(&model)?)?),
         Some(version) => Ok(export::tensor_file(&model, version)?),
     }
+}
+
+/// A whole encodings file as JSON text, in `version`, by the names that the tensors are given here.
+#[pyfunction]
+#[pyo3(signature = (tensors, params, *, version, quantizer_args, excluded_layers, producer_version))]
+fn tensor_encodings_file(
+    tensors: Vec<(String, Bound<'_, PyDict>)>,
+    params: Vec<(String, Bound<'_, PyDict>)>,
+    version: &str,
+    quantizer_args: &str,
+    excluded_layers: Vec<String>,
+    producer_version: String,
+) -> PyResult<String> {
+    let mut model = model(vec![], params)?;
+    for (name, dict) in tensors {
+        model.tensors.push((name, encoding(&dict)?));
+    }
+    let model = with_header(model, quantizer_args, excluded_layers, producer_version)?;
+    Ok(export::tensor_file(&model, version)?)
 }
 
 fn channels<'py>(py: Python<'py>, channels: &[Channel]) -> PyResult<Bound<'py, PyList>> {
@@ -188,6 +220,7 @@ fn read_encodings<'py>(py: Python<'py>, text: &str) -> PyResult<ReadFile<'py>> {
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(encodings_sections, module)?)?;
     module.add_function(wrap_pyfunction!(encodings_file, module)?)?;
+    module.add_function(wrap_pyfunction!(tensor_encodings_file, module)?)?;
     module.add_function(wrap_pyfunction!(read_encodings, module)?)?;
     Ok(())
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rimet.quantsim.quantsim import (
     QuantizationSimModel,
+    QuantizationSimModelOnnxExporter,
     QuantParams,
     check_accumulator_overflow,
     compute_encodings_for_sims,
@@ -15,6 +16,7 @@ from rimet.quantsim.quantsim import (
 __all__ = [
     "QuantParams",
     "QuantizationSimModel",
+    "QuantizationSimModelOnnxExporter",
     "check_accumulator_overflow",
     "compute_encodings_for_sims",
     "load_checkpoint",

@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ __all__ = [
     "QuantScheme",
     "QuantizationDataType",
     "QuantizationSimModel",
+    "QuantizationSimModelOnnxExporter",
     "check_accumulator_overflow",
     "compute_encodings_for_sims",
     "load_checkpoint",
@@ -708,30 +709,41 @@ class QuantizationSimModel:
     ) -> None:
         """Writes the model and its encodings, each file whole or not at all.
 
+        ``{prefix}.pth`` holds the model without quantizers, ``{prefix}_torch.encodings`` the
+        encodings by module names (format 0.6.1).
+
+        ``{prefix}.onnx`` holds the model without quantizers, its nodes called as the modules
+        (``layer1.conv``; where a module is several nodes ``fc``, ``fc#1.end``), and
+        ``{prefix}.encodings`` the encodings by the names of its tensors, in the format that
+        ``rimet.common.quantsim.encoding_version`` names. :func:`rimet.onnx.export` writes a model
+        that a runtime needs no encodings file for.
+
         With ``export_to_torchscript``: ``{prefix}.torchscript.pth`` holds the simulation with
         rimet's ops in it. It runs wherever the ops library is loaded, without Python too, and
-        computes what :attr:`model` computes. ``{prefix}.pth`` holds the model without quantizers,
-        ``{prefix}_torch.encodings`` the encodings by module names (format 0.6.1) and
-        ``{prefix}.encodings`` those by tensor names, in the format that
-        ``rimet.common.quantsim.encoding_version`` names: ``conv1.input.0``, ``conv1.output.0``,
-        ``conv1.weight``.
+        computes what :attr:`model` computes. Tensors are then called ``conv1.input.0``,
+        ``conv1.output.0``, ``conv1.weight``.
 
         Args:
             path: folder; made if it is not there.
             filename_prefix: first part of the files' names.
             dummy_input: example input, as for the constructor.
-            onnx_export_args: arguments of the ONNX export.
-            propagate_encodings: give tensors between the ops of one module encodings too; ONNX,
-                format 0.6.1 only.
+            onnx_export_args: arguments of ``torch.onnx.export``: a dict, or
+                :class:`rimet.onnx_utils.OnnxExportApiArgs`. By default the TorchScript exporter
+                and opset 20.
+            propagate_encodings: give tensors between the nodes of one module an entry with the
+                bit-width of the module's output, too; ONNX, format 0.6.1 only.
             export_to_torchscript: TorchScript instead of ONNX.
             use_embedded_encodings: refused, as by AIMET.
             export_model: whether the model itself is written, too.
             filename_prefix_encodings: another prefix for the encodings files.
-            apply_param_qdq: whether the parameters in ``{prefix}.pth`` have their quantized values.
+            apply_param_qdq: whether the parameters in ``{prefix}.pth`` and ``{prefix}.onnx`` have
+                their quantized values.
 
         Raises:
             RuntimeError: ``use_embedded_encodings``; ``propagate_encodings`` with another format
-                than 0.6.1; no ONNX export in this build; quantizers that were not calibrated.
+                than 0.6.1; ONNX with formats 2.0.0 and 2.1.0, which ``sim.onnx.export`` writes;
+                quantizers that were not calibrated.
+            ImportError: the packages of the extra ``rimet[onnx]`` are missing.
         """
         from rimet.common import quantsim
 
@@ -746,61 +758,164 @@ class QuantizationSimModel:
                 "propagate_encodings: needs rimet.common.quantsim.encoding_version 0.6.1, got "
                 f"{version}"
             )
-        if not export_to_torchscript:
-            raise RuntimeError(
-                "export: this build writes TorchScript only; pass export_to_torchscript=True, or "
-                "write the "
-                "encodings with save_encodings_to_json"
+        _check_calibrated(self.model)
+        original = self.get_original_model(self.model, qdq_weights=apply_param_qdq)
+        if export_to_torchscript:
+            self._export_torchscript(
+                path,
+                filename_prefix,
+                filename_prefix_encodings or filename_prefix,
+                self.model,
+                dummy_input,
+                self._excluded_layer_names,
+                self.quant_args,
+                export_model,
             )
-        self._check_calibrated()
-        folder = Path(path)
-        encodings_prefix = filename_prefix_encodings or filename_prefix
-        activations, params = _files.collect(self.model)
-        options = {
-            "quantizer_args": json.dumps(self.quant_args),
-            "excluded_layers": self._excluded_layer_names,
-            "producer_version": _version(),
-        }
-        by_module = _core.encodings_file(activations, params, version=None, **options)
-        by_tensor = _core.encodings_file(activations, params, version=version, **options)
+        else:
+            self.export_onnx_model_and_encodings(
+                path,
+                filename_prefix,
+                original,
+                self.model,
+                dummy_input,
+                onnx_export_args,
+                propagate_encodings,
+                excluded_layer_names=self._excluded_layer_names,
+                quantizer_args=self.quant_args,
+                export_model=export_model,
+                filename_prefix_encodings=filename_prefix_encodings,
+            )
         if export_model:
-            original = self.get_original_model(self.model, qdq_weights=apply_param_qdq)
-            with _files.atomic_path(folder / f"{filename_prefix}.pth") as part:
+            with _files.atomic_path(Path(path) / f"{filename_prefix}.pth") as part:
                 torch.save(original, part)
-            script = self._trace(dummy_input)
+
+    @classmethod
+    def export_onnx_model_and_encodings(
+        cls,
+        path: str,
+        filename_prefix: str,
+        original_model: nn.Module,
+        sim_model: nn.Module,
+        dummy_input: Any,
+        onnx_export_args: Any,
+        propagate_encodings: bool,
+        module_marker_map: Mapping[str, Any] | None = None,
+        is_conditional: bool = False,
+        excluded_layer_names: Sequence[str] | None = None,
+        quantizer_args: Mapping[str, Any] | None = None,
+        export_model: bool = True,
+        filename_prefix_encodings: str | None = None,
+    ) -> None:
+        """Writes ``{prefix}.onnx``, ``{prefix}.encodings`` and ``{prefix}_torch.encodings``: the ONNX
+        part of :meth:`export`, for any model with quantizers.
+
+        Args:
+            path, filename_prefix, dummy_input, onnx_export_args, propagate_encodings, export_model,
+                filename_prefix_encodings: see :meth:`export`.
+            original_model: the model without quantizers; its parameters are written.
+            sim_model: the model with quantizers.
+            module_marker_map, is_conditional: for AIMET's callers; names come from the exporter's
+                scopes, which need no second run of the model.
+            excluded_layer_names: as the encodings file lists them.
+            quantizer_args: global settings, as the encodings file states them.
+
+        Raises:
+            RuntimeError, ImportError: see :meth:`export`.
+        """
+        from rimet._onnx._require import require_onnx
+        from rimet.common import quantsim
+        from rimet.onnx_utils import _export_kwargs
+
+        version = quantsim.encoding_version
+        if version not in ("0.6.1", "1.0.0"):
+            raise RuntimeError(
+                "rimet.common.quantsim.encoding_version: export writes formats 0.6.1 and 1.0.0, got "
+                f"{version}; sim.onnx.export writes the others"
+            )
+        kwargs = _export_kwargs(onnx_export_args)
+        require_onnx()
+        from rimet._onnx.export import export_named_by_modules
+
+        args, keywords = bind_inputs(sim_model, dummy_input)
+        if keywords:
+            kwargs["kwargs"] = {**keywords, **(kwargs.get("kwargs") or {})}
+        folder = Path(path)
+        text = export_named_by_modules(
+            original_model,
+            sim_model,
+            args,
+            folder / f"{filename_prefix}.onnx" if export_model else None,
+            propagate_encodings=propagate_encodings,
+            encoding_version=version,
+            quantizer_args=quantizer_args or {},
+            excluded_layers=excluded_layer_names or (),
+            kwargs=kwargs,
+        )
+        prefix = filename_prefix_encodings or filename_prefix
+        _files.write_text(folder / f"{prefix}.encodings", text)
+        by_module = _encodings_by_module(sim_model, excluded_layer_names, quantizer_args)
+        _files.write_text(folder / f"{prefix}_torch.encodings", by_module)
+
+    @classmethod
+    def export_torch_script_model_and_encodings(
+        cls,
+        path: str,
+        filename_prefix: str,
+        filename_prefix_encodings: str,
+        original_model: nn.Module,
+        sim_model: nn.Module,
+        dummy_input: Any,
+        excluded_layer_names: Sequence[str] | None = None,
+    ) -> None:
+        """Writes ``{prefix}.torchscript.pth``, ``{prefix}.encodings`` and
+        ``{prefix}_torch.encodings``: the TorchScript part of :meth:`export`, for any model with
+        quantizers.
+
+        Args:
+            path, filename_prefix, filename_prefix_encodings, dummy_input: see :meth:`export`.
+            original_model: the model without quantizers; the file holds the one with quantizers.
+            sim_model: the model with quantizers.
+            excluded_layer_names: as the encodings file lists them.
+
+        Raises:
+            RuntimeError: quantizers that were not calibrated.
+        """
+        _check_calibrated(sim_model)
+        cls._export_torchscript(
+            path,
+            filename_prefix,
+            filename_prefix_encodings,
+            sim_model,
+            dummy_input,
+            excluded_layer_names,
+            None,
+            True,
+        )
+
+    @staticmethod
+    def _export_torchscript(
+        path: str,
+        filename_prefix: str,
+        filename_prefix_encodings: str,
+        sim_model: nn.Module,
+        dummy_input: Any,
+        excluded_layer_names: Sequence[str] | None,
+        quantizer_args: Mapping[str, Any] | None,
+        export_model: bool,
+    ) -> None:
+        from rimet.common import quantsim
+
+        folder = Path(path)
+        settings = (excluded_layer_names, quantizer_args)
+        by_module = _encodings_by_module(sim_model, *settings)
+        by_tensor = _encodings_by_module(sim_model, *settings, quantsim.encoding_version)
+        if export_model:
+            script = _traced(sim_model, dummy_input)
             with _files.atomic_path(folder / f"{filename_prefix}.torchscript.pth") as part:
                 torch.jit.save(script, str(part))
-        _files.write_text(folder / f"{encodings_prefix}_torch.encodings", by_module)
-        _files.write_text(folder / f"{encodings_prefix}.encodings", by_tensor)
-
-    def _trace(self, dummy_input: Any) -> Any:
-        args, kwargs = bind_inputs(self.model, dummy_input)
-        with evaluating(self.model):
-            if kwargs and not args:
-                return torch.jit.trace(
-                    self.model, example_kwarg_inputs=kwargs, check_trace=False, strict=False
-                )
-            if kwargs:
-                raise RuntimeError(
-                    "dummy_input: TorchScript takes either positional or keyword arguments, got "
-                    "both"
-                )
-            return torch.jit.trace(self.model, args, check_trace=False, strict=False)
-
-    def _check_calibrated(self) -> None:
-        empty = [
-            path
-            for path, quantizer in self.named_quantizers()
-            if not quantizer.is_initialized() and not quantizer._is_idle()
-        ]
-        if empty:
-            shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
-            raise RuntimeError(
-                f"{len(empty)} quantizers are not calibrated: {shown}. Run compute_encodings on "
-                "data that "
-                "reaches them, load encodings, or exclude their layers with "
-                "exclude_layers_from_quantization"
-            )
+        prefix = filename_prefix_encodings
+        _files.write_text(folder / f"{prefix}_torch.encodings", by_module)
+        _files.write_text(folder / f"{prefix}.encodings", by_tensor)
 
     def export_weights_to_safetensors(self, path: str, filename_prefix: str) -> None:
         """Writes the parameters and buffers of the original model, with their quantized values, to
@@ -818,6 +933,11 @@ class QuantizationSimModel:
         with _files.atomic_path(Path(path) / f"{filename_prefix}.safetensors") as part:
             save_file(tensors, part)
 
+    @property
+    def onnx(self) -> QuantizationSimModelOnnxExporter:
+        """Export of this simulation as a floating-point ONNX model with an encodings file."""
+        return QuantizationSimModelOnnxExporter(self)
+
     def __str__(self) -> str:
         enabled = sum(1 for _ in self.quantizers())
         modules = sum(1 for _ in self.qmodules())
@@ -826,6 +946,124 @@ class QuantizationSimModel:
     def __getstate__(self) -> dict[str, Any]:
         # The view refers to modules of this object's model; a copy makes its own.
         return {**self.__dict__, "_connected_graph": None}
+
+
+def _encodings_by_module(
+    model: nn.Module,
+    excluded_layers: Sequence[str] | None,
+    quantizer_args: Mapping[str, Any] | None,
+    version: str | None = None,
+) -> str:
+    """Text of an encodings file by module names, or with ``version`` in the form of files by tensor
+    names."""
+    activations, params = _files.collect(model)
+    text: str = _core.encodings_file(
+        activations,
+        params,
+        version=version,
+        quantizer_args=json.dumps(quantizer_args or {}),
+        excluded_layers=list(excluded_layers or ()),
+        producer_version=_version(),
+    )
+    return text
+
+
+def _traced(model: nn.Module, dummy_input: Any) -> Any:
+    """A model as TorchScript."""
+    args, kwargs = bind_inputs(model, dummy_input)
+    with evaluating(model):
+        if kwargs and not args:
+            return torch.jit.trace(
+                model, example_kwarg_inputs=kwargs, check_trace=False, strict=False
+            )
+        if kwargs:
+            raise RuntimeError(
+                "dummy_input: TorchScript takes either positional or keyword arguments, got both"
+            )
+        return torch.jit.trace(model, args, check_trace=False, strict=False)
+
+
+def _check_calibrated(model: nn.Module) -> None:
+    empty = [
+        path
+        for path, quantizer in model.named_modules()
+        if isinstance(quantizer, QuantizerBase)
+        and not quantizer.is_initialized()
+        and not quantizer._is_idle()
+    ]
+    if empty:
+        shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
+        raise RuntimeError(
+            f"{len(empty)} quantizers are not calibrated: {shown}. Run compute_encodings on data "
+            "that reaches them, load encodings, or exclude their layers with "
+            "exclude_layers_from_quantization"
+        )
+
+
+class QuantizationSimModelOnnxExporter:
+    """ONNX export of a simulation, for runtimes that take encodings as a file. ``sim.onnx`` is one.
+
+    :func:`rimet.onnx.export` writes the encodings into the graph instead.
+
+    Args:
+        sim: the simulation.
+    """
+
+    def __init__(self, sim: QuantizationSimModel) -> None:
+        self.sim = sim
+
+    def export(
+        self,
+        args: Any,
+        f: str | os.PathLike[str],
+        *,
+        encoding_version: str | None = None,
+        export_int32_bias: bool | None = None,
+        force_activation_as: Literal["unsigned", "signed"] | None = "unsigned",
+        **kwargs: Any,
+    ) -> None:
+        """Writes the model without quantizers to ``f``, and the encodings by the names of its
+        tensors beside it, with the suffix ``.encodings``.
+
+        Tensors that hold elements of quantized ones only (reshaped, transposed, cut) have an
+        encoding, too. float16 and bfloat16 quantizers are left out.
+
+        Args:
+            args: example inputs, as of ``torch.onnx.export``.
+            f: path of the ONNX file.
+            encoding_version: format of the encodings file; by default
+                ``rimet.common.quantsim.encoding_version``.
+            export_int32_bias: whether biases have encodings, of 32-bit integers in units of input
+                scale times weight scale; by default from format 2.0.0 on.
+            force_activation_as: see :func:`rimet.onnx.export`.
+            **kwargs: of ``torch.onnx.export``, as for :func:`rimet.onnx.export`.
+
+        Raises:
+            ImportError: the packages of the extra ``rimet[onnx]`` are missing.
+            RuntimeError: quantizers that are not calibrated, or that the format cannot express.
+            ValueError: another ``encoding_version``, ``opset_version`` or ``force_activation_as``.
+            NotImplementedError: see :func:`rimet.onnx.export`.
+        """
+        from rimet._onnx._require import require_onnx
+        from rimet.common import quantsim
+        from rimet.quantization.affine.encoding import check_encoding_version
+
+        version = check_encoding_version(
+            quantsim.encoding_version if encoding_version is None else encoding_version
+        )
+        require_onnx()
+        from rimet._onnx.export import export_with_encodings
+
+        is_version_2 = version.startswith("2.")
+        export_with_encodings(
+            self.sim,
+            args,
+            f,
+            encoding_version=version,
+            export_int32_bias=is_version_2 if export_int32_bias is None else export_int32_bias,
+            force_activation_as=force_activation_as,
+            kwargs=kwargs,
+        )
 
 
 def _version() -> str:
