@@ -282,15 +282,14 @@ pub fn adaround(
     let loss_before = layer.loss(&nearest)?;
 
     let method = plan.method();
+    let seed = config.seed;
+    let minibatch = |minibatch| Gradient::Minibatch(Box::new(minibatch));
     let mut gradient = match plan {
         Plan::Gram => Gradient::Gram(GramLoss::new(&layer)?),
-        Plan::Layer => Gradient::Minibatch(Minibatch::of_layer(samples, config.seed)),
-        Plan::Products(products) => Gradient::Minibatch(Minibatch::of_products(
-            &layer,
-            samples,
-            products,
-            config.seed,
-        )?),
+        Plan::Layer => minibatch(Minibatch::of_layer(samples, seed)),
+        Plan::Products(products) => {
+            minibatch(Minibatch::of_products(&layer, samples, products, seed)?)
+        }
     };
 
     let mut taken = 0;
@@ -509,7 +508,7 @@ impl Plan<'_> {
 
 enum Gradient<'a> {
     Gram(GramLoss),
-    Minibatch(Minibatch<'a>),
+    Minibatch(Box<Minibatch<'a>>),
 }
 
 /// The quadratic loss: its gradient at `W'` is `2 ((W' - W) G + D) / rows`.

@@ -191,7 +191,7 @@ pub struct MatrixProducts<'a> {
     /// Sizes of the output's places.
     places: Vec<i64>,
     /// None: rows.
-    filtering: Option<Filtering>,
+    filtering: Option<Box<Filtering>>,
 }
 
 impl<'a> MatrixProducts<'a> {
@@ -246,7 +246,7 @@ impl<'a> MatrixProducts<'a> {
                     map,
                     weight_size: size.clone(),
                     places: places.to_vec(),
-                    filtering: Some(Filtering::new(lines, padding)?),
+                    filtering: Some(Box::new(Filtering::new(lines, padding)?)),
                 });
             }
         }
@@ -261,7 +261,7 @@ impl<'a> MatrixProducts<'a> {
     /// Matrix products.
     pub fn products(&self) -> i64 {
         let of = |f: &Filtering| f.lines.iter().map(|line| line.products).product::<usize>();
-        self.filtering.as_ref().map_or(1, of) as i64
+        self.filtering.as_deref().map_or(1, of) as i64
     }
 
     /// Outputs of a tile.
@@ -653,7 +653,8 @@ mod tests {
         let options = (Kind::Float, Device::Cpu);
         let map = convolution(&[1, 1], None);
         for (channels, length, fastest) in [
-            (8, 16, "layer"),
+            (2, 16, "layer"),
+            (16, 16, "filtering"),
             (64, 16, "filtering"),
             (128, 8, "filtering"),
             (256, 4, "filtering"),

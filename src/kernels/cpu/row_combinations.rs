@@ -40,10 +40,10 @@ impl<C: Compute> Combine<'_, C> {
     ) {
         let lanes = |j: usize| LANES.min(n - j * LANES);
         for (row, vectors) in inputs[..self.rows].iter_mut().enumerate() {
-            for j in 0..N {
+            for (j, vector) in vectors[..N].iter_mut().enumerate() {
                 let place = row * self.len + at + j * LANES;
                 // SAFETY: by the contract.
-                vectors[j] = unsafe { load_up_to::<S, C, C>(self.input.add(place), lanes(j)) };
+                *vector = unsafe { load_up_to::<S, C, C>(self.input.add(place), lanes(j)) };
             }
         }
         for (row, terms) in self.terms.iter().enumerate() {
