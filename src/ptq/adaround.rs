@@ -207,7 +207,8 @@ pub struct Problem<'a> {
     pub input: &'a Batches<'a>,
     /// Output of the layer in the floating-point model, without the activation function.
     pub target: &'a Batches<'a>,
-    /// Bytes for what is made of inputs and targets; what does not fit is not made, and steps may take longer.
+    /// Bytes for what is made of inputs and targets ahead of the steps. What does not fit is made in each step: the
+    /// same bits, in a longer time.
     pub memory: u64,
 }
 
@@ -247,7 +248,7 @@ pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 ///
 /// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: nine times
 /// the weight, 32 samples of input and output, and with [`Method::Gram`] three Gram matrices, or with
-/// [`Method::Rows`] and [`Method::Filtering`] at most [`Problem::memory`].
+/// [`Method::Rows`] and [`Method::Filtering`] at most [`Problem::memory`] and a few times 32 samples.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -459,24 +460,17 @@ impl Layer<'_> {
         Ok(plan)
     }
 
-    /// The matrix products that the layer can be computed by within its memory. Samples have to be of one shape. On
-    /// other devices than CPUs the layer's own convolution is left to choose.
+    /// The matrix products that the layer can be computed by. Samples have to be of one shape. On other devices than
+    /// CPUs the layer's own convolution is left to choose.
     fn matrix_products(&self, batches: &[BatchShape]) -> Result<Vec<MatrixProducts<'_>>> {
         let (map, first) = (self.problem.map, &batches[0]);
         if self.weight.device() != Device::Cpu || batches.iter().any(|b| b.shape != first.shape) {
             return Ok(vec![]);
         }
         let places = first.shape.1.get(1..).unwrap_or_default();
-        let total: usize = batches.iter().map(|b| b.samples).sum();
-        let largest = batches.iter().map(|b| b.samples).max().unwrap_or(0);
-        let at_once = largest.max(BATCH_SIZE.min(total)) as i64;
-        let fits = |products: &MatrixProducts<'_>| {
-            let elements = products.elements(total as i64, at_once) as u64;
-            elements * self.kind.elt_size_in_bytes() as u64 <= self.problem.memory
-        };
-        let filtering = MatrixProducts::filtering(map, self.weight, places)?;
-        let forms = MatrixProducts::rows(map, self.weight, places).into_iter();
-        Ok(forms.chain(filtering).filter(fits).collect())
+        let mut ways = MatrixProducts::filtering(map, self.weight, places)?;
+        ways.extend(MatrixProducts::rows(map, self.weight, places));
+        Ok(ways)
     }
 }
 

@@ -5,14 +5,26 @@ use crate::error::Result;
 use crate::ops::reconstruction_gradient;
 use crate::ptq::matrix_products::{MatrixProducts, Reused};
 use crate::ptq::random::Random;
-use tch::{Reduction, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
 /// Draws samples and computes their loss's gradient.
 pub(super) struct Minibatch<'a> {
     sampler: Sampler,
     /// `None`: through the layer.
-    prepared: Option<Prepared<'a>>,
+    products: Option<MatrixProducts<'a>>,
+    /// For the products, where memory allows.
+    prepared: Option<Prepared>,
     memory: Memory,
+}
+
+/// Inputs and targets of all samples, as matrix products take and give them.
+struct Prepared {
+    /// `[products, samples, ..]`
+    inputs: Tensor,
+    /// `[outputs * samples, ..]`
+    targets: Tensor,
+    /// Places of the batches' first samples.
+    begins: Vec<i64>,
 }
 
 /// What steps write to in turns.
@@ -25,18 +37,6 @@ struct Memory {
     products: Reused,
     outputs: Reused,
     weight: Reused,
-}
-
-/// Inputs and targets of all samples, as matrix products take and give them.
-struct Prepared<'a> {
-    products: MatrixProducts<'a>,
-    /// `[products, samples, ..]`
-    inputs: Tensor,
-    /// `[outputs * samples, ..]`
-    targets: Tensor,
-    /// Places of the batches' first samples.
-    begins: Vec<i64>,
-    samples: i64,
 }
 
 /// Samples of a step beside their targets.
@@ -61,6 +61,7 @@ impl<'a> Minibatch<'a> {
     pub(super) fn of_layer(batches: Vec<BatchShape>, seed: u64) -> Self {
         Self {
             sampler: Sampler::new(batches, seed),
+            products: None,
             prepared: None,
             memory: Memory::default(),
         }
@@ -73,7 +74,43 @@ impl<'a> Minibatch<'a> {
         products: MatrixProducts<'a>,
         seed: u64,
     ) -> Result<Self> {
+        Ok(Self {
+            prepared: Prepared::new(layer, &batches, &products)?,
+            sampler: Sampler::new(batches, seed),
+            products: Some(products),
+            memory: Memory::default(),
+        })
+    }
+
+    /// The gradient of a step's loss with respect to the soft-rounded weight, in its order.
+    pub(super) fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
+        let samples = self.sampler.draw();
+        let memory = &mut self.memory;
+        let Some(products) = &self.products else {
+            return gradient_of_layer(layer, rounded, &samples, memory);
+        };
+        let (inputs, targets) = match &self.prepared {
+            Some(prepared) => prepared.draw(&samples, products, memory)?,
+            None => prepare(layer, &samples, products, memory)?,
+        };
+        gradient_of_products(layer, rounded, products, &inputs, targets, memory)
+    }
+}
+
+impl Prepared {
+    /// `None` if it takes more than the layer's memory.
+    fn new(
+        layer: &Layer<'_>,
+        batches: &[BatchShape],
+        products: &MatrixProducts<'_>,
+    ) -> Result<Option<Self>> {
         let samples: i64 = batches.iter().map(|b| b.samples as i64).sum();
+        let largest = batches.iter().map(|b| b.samples as i64).max().unwrap_or(0);
+        let elements = products.elements(samples, largest.max(samples.min(BATCH_SIZE as i64)));
+        let bytes = elements as u64 * layer.kind.elt_size_in_bytes() as u64;
+        if bytes > layer.problem.memory {
+            return Ok(None);
+        }
         let mut begins = vec![];
         let mut begin = 0;
         let mut whole: Option<(Tensor, Tensor)> = None;
@@ -97,40 +134,77 @@ impl<'a> Minibatch<'a> {
             begins.push(begin);
             begin += len;
         }
-        let prepared = match whole {
-            Some((inputs, targets)) => Some(Prepared {
-                targets: targets.f_flatten(0, 1)?,
-                products,
-                inputs,
-                begins,
-                samples,
-            }),
-            None => None,
-        };
-        Ok(Self {
-            sampler: Sampler::new(batches, seed),
-            prepared,
-            memory: Memory::default(),
-        })
+        whole
+            .map(|(inputs, targets)| {
+                Ok(Self {
+                    inputs,
+                    targets: targets.f_flatten(0, 1)?,
+                    begins,
+                })
+            })
+            .transpose()
     }
 
-    /// The gradient of a step's loss with respect to the soft-rounded weight, in its order.
-    pub(super) fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
-        let samples = self.sampler.draw();
-        match &self.prepared {
-            Some(prepared) => prepared.gradient(layer, rounded, &samples, &mut self.memory),
-            None => gradient_of_layer(layer, rounded, &samples, &mut self.memory),
-        }
+    /// Inputs and targets of some samples, given as (batch, place in it).
+    fn draw(
+        &self,
+        samples: &[(usize, i64)],
+        products: &MatrixProducts<'_>,
+        memory: &mut Memory,
+    ) -> Result<(Tensor, Part)> {
+        let places: Vec<i64> = samples
+            .iter()
+            .map(|&(batch, place)| self.begins[batch] + place)
+            .collect();
+        let size = self.inputs.size();
+        let inputs = memory
+            .inputs
+            .take(&[size[0], places.len() as i64, size[2]], &self.inputs)?;
+        let _ = self
+            .inputs
+            .f_index_select_out(&inputs, 1, &Tensor::from_slice(&places))?;
+        let whole = size[1];
+        let of_outputs: Vec<i64> = (0..products.outputs())
+            .flat_map(|output| places.iter().map(move |place| output * whole + place))
+            .collect();
+        let targets = Part {
+            target: self.targets.shallow_clone(),
+            samples: Tensor::from_slice(&of_outputs),
+            begin: 0,
+            len: of_outputs.len() as i64,
+        };
+        Ok((inputs, targets))
     }
 }
 
-fn gradient_of_layer(
+/// What [`Prepared::draw`] gives, made of the samples alone.
+fn prepare(
     layer: &Layer<'_>,
-    rounded: &Tensor,
+    samples: &[(usize, i64)],
+    products: &MatrixProducts<'_>,
+    memory: &mut Memory,
+) -> Result<(Tensor, Part)> {
+    let (input, parts) = drawn(layer, samples, memory)?;
+    let inputs = products.inputs(&layer.padded(&input)?, layer.weight)?;
+    let targets: Vec<Tensor> = parts.iter().map(Part::drawn).collect::<Result<_>>()?;
+    let target = Tensor::f_cat(&targets, 0)?.f_to_kind(layer.kind)?;
+    let target = products.arranged_output(&target)?.f_flatten(0, 1)?;
+    let len = target.size()[0];
+    let targets = Part {
+        samples: Tensor::f_arange(len, (Kind::Int64, target.device()))?,
+        target: target.f_contiguous()?,
+        begin: 0,
+        len,
+    };
+    Ok((inputs, targets))
+}
+
+/// Inputs of some samples, copied out of their batches, and where their targets are.
+fn drawn(
+    layer: &Layer<'_>,
     samples: &[(usize, i64)],
     memory: &mut Memory,
-) -> Result<Tensor> {
-    let map = layer.problem.map;
+) -> Result<(Tensor, Vec<Part>)> {
     let mut begin = 0;
     let mut inputs = vec![];
     let mut parts = vec![];
@@ -154,62 +228,47 @@ fn gradient_of_layer(
         let place = input.f_narrow(0, part.begin, part.len)?;
         let _ = batch.f_index_select_out(&place, 0, &part.samples)?;
     }
+    Ok((input, parts))
+}
+
+fn gradient_of_layer(
+    layer: &Layer<'_>,
+    rounded: &Tensor,
+    samples: &[(usize, i64)],
+    memory: &mut Memory,
+) -> Result<Tensor> {
+    let map = layer.problem.map;
+    let (input, parts) = drawn(layer, samples, memory)?;
     let input = layer.padded(&input)?;
     let output = layer.forward(&input, rounded)?.f_contiguous()?;
     let grad = layer.output_gradient(&output, &parts, map.num_rows(&output))?;
     map.weight_gradient(&grad, &input, rounded)
 }
 
-impl Prepared<'_> {
-    fn gradient(
-        &self,
-        layer: &Layer<'_>,
-        rounded: &Tensor,
-        samples: &[(usize, i64)],
-        memory: &mut Memory,
-    ) -> Result<Tensor> {
-        let products = &self.products;
-        let places: Vec<i64> = samples
-            .iter()
-            .map(|&(batch, place)| self.begins[batch] + place)
-            .collect();
-        let count = places.len() as i64;
-        let size = self.inputs.size();
-        let drawn = memory
-            .inputs
-            .take(&[size[0], count, size[2]], &self.inputs)?;
-        let _ = self
-            .inputs
-            .f_index_select_out(&drawn, 1, &Tensor::from_slice(&places))?;
-        let rows = drawn.f_view([size[0], count * products.tiles(), -1])?;
-
-        let kernels = products.kernels(rounded, &mut memory.kernels)?;
-        let size = [rows.size()[0], rows.size()[1], kernels.size()[1]];
-        let of_rows = memory.products.take(&size, &rows)?;
-        let _ = rows.f_bmm_out(&of_rows, &kernels.f_transpose(1, 2)?)?;
-        let mut output = products.output(&of_rows, &mut memory.outputs)?;
-        if let Some(bias) = layer.bias {
-            let _ = output.f_add_(bias)?;
-        }
-        let of_outputs: Vec<i64> = (0..products.outputs())
-            .flat_map(|output| {
-                places
-                    .iter()
-                    .map(move |place| output * self.samples + place)
-            })
-            .collect();
-        let part = Part {
-            target: self.targets.shallow_clone(),
-            samples: Tensor::from_slice(&of_outputs),
-            begin: 0,
-            len: of_outputs.len() as i64,
-        };
-        let grad = layer.output_gradient(&output, &[part], count * products.places())?;
-        let grad = products.products_gradient(&grad, count, &mut memory.products)?;
-        let of_kernels = memory.kernels.take(&kernels.size(), &kernels)?;
-        let _ = grad.f_transpose(1, 2)?.f_bmm_out(&of_kernels, &rows)?;
-        products.weight_gradient(&of_kernels, &mut memory.weight)
+/// For inputs of shape `[products, samples, ..]` and targets of as many samples for each output of a tile.
+fn gradient_of_products(
+    layer: &Layer<'_>,
+    rounded: &Tensor,
+    products: &MatrixProducts<'_>,
+    inputs: &Tensor,
+    targets: Part,
+    memory: &mut Memory,
+) -> Result<Tensor> {
+    let (count, samples) = (inputs.size()[0], inputs.size()[1]);
+    let rows = inputs.f_view([count, samples * products.tiles(), -1])?;
+    let kernels = products.kernels(rounded, &mut memory.kernels)?;
+    let size = [count, rows.size()[1], kernels.size()[1]];
+    let of_rows = memory.products.take(&size, &rows)?;
+    let _ = rows.f_bmm_out(&of_rows, &kernels.f_transpose(1, 2)?)?;
+    let mut output = products.output(&of_rows, &mut memory.outputs)?;
+    if let Some(bias) = layer.bias {
+        let _ = output.f_add_(bias)?;
     }
+    let grad = layer.output_gradient(&output, &[targets], samples * products.places())?;
+    let grad = products.products_gradient(&grad, samples, &mut memory.products)?;
+    let of_kernels = memory.kernels.take(&kernels.size(), &kernels)?;
+    let _ = grad.f_transpose(1, 2)?.f_bmm_out(&of_kernels, &rows)?;
+    products.weight_gradient(&of_kernels, &mut memory.weight)
 }
 
 impl Layer<'_> {
