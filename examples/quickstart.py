@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import rimet
@@ -265,6 +267,49 @@ def run_elsewhere(script: Path, tensors: Path, *, rust: bool) -> dict[str, bool]
     return agreed
 
 
+def run_in_onnxruntime(
+    sim: rimet.QuantizationSimModel, data: Split, path: Path
+) -> dict[str, float]:
+    """Write the simulation as ONNX with quantize and dequantize operators, and run it in onnxruntime.
+
+    Returns its accuracy, and the share of images that it sorts as the simulation does, in percent.
+    """
+    missing = [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        print(f"\nONNX: not written, since {' and '.join(missing)} is not installed (rimet[onnx]).")
+        return {}
+    import onnxruntime
+    import rimet.onnx
+
+    with warnings.catch_warnings():
+        # torch's older exporter is deprecated; it takes a tenth of the time of the newer one.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        rimet.onnx.export(
+            sim,
+            data.images[:1],
+            path,
+            dynamo=False,
+            opset_version=21,  # 4-bit integers
+            export_int32_bias=False,  # the simulation has its biases in floating point
+            prequantize_constants=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "batch"}},
+        )
+    options = onnxruntime.SessionOptions()
+    # One of its fusions stops at 4-bit activations; the others do not matter here.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": data.images.numpy()})
+    with torch.no_grad():
+        simulated = sim.model(data.images).argmax(1)
+    classes = torch.from_numpy(logits).argmax(1)
+    return {
+        "accuracy": 100 * (classes == data.labels).float().mean().item(),
+        "same_class": 100 * (classes == simulated).float().mean().item(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -330,9 +375,16 @@ def main() -> int:
         {"input": test.images.contiguous(), "logits": logits.contiguous()},
         out / "digits_io.safetensors",
     )
-    print(f"\nExported TorchScript, encodings and test data to {out}:")
+    onnx = run_in_onnxruntime(sim, test, out / "digits_w4a4.onnx")
+    print(f"\nExported TorchScript, ONNX, encodings and test data to {out}:")
     for path in sorted(out.glob("digits_*")):
         print(f"  {path.name:32}{path.stat().st_size / 1024:8.1f} KiB")
+
+    if onnx:
+        print(
+            f"\nonnxruntime, from the ONNX file: {onnx['accuracy']:.2f} % accuracy, the simulation's "
+            f"class for {onnx['same_class']:.2f} % of the images."
+        )
 
     agreed = run_elsewhere(
         out / "digits_w4a4.torchscript.pth",
@@ -344,6 +396,7 @@ def main() -> int:
         "rows": [asdict(row) for row in rows],
         "treated": [asdict(row) for row in treated],
         "unbalanced": [asdict(row) for row in unbalanced],
+        "onnxruntime": onnx,
         "logits_agree": agreed,
         "seconds": seconds,
         "smoke": arguments.smoke,

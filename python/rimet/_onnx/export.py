@@ -27,7 +27,7 @@ from rimet.quantization.affine import AffineQuantizerBase
 from rimet.quantization.base import QuantizerBase
 from rimet.quantization.float import FloatEncoding, FloatQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel
-from rimet.quantsim._files import write_text
+from rimet.quantsim._files import uncalibrated, write_text
 
 __all__ = ["export_named_by_modules", "export_qdq", "export_with_encodings", "save"]
 
@@ -218,20 +218,17 @@ def _check_quantizers(model: nn.Module, opset_version: int | None) -> None:
 
     :param opset_version: opset whose operators have to express the grids; ``None``: none has to
     """
-    problems: list[str] = []
+    problems = [
+        f"{path}: is not calibrated; run compute_encodings, or load encodings"
+        for path in uncalibrated(model)
+    ]
     quantizers = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, QuantizerBase)
     ]
     for path, quantizer in quantizers:
-        if not quantizer.is_initialized():
-            if not quantizer._is_idle():
-                problems.append(
-                    f"{path}: is not calibrated; run compute_encodings, or load encodings"
-                )
-            continue
-        if opset_version is None:
+        if opset_version is None or not quantizer.is_initialized():
             continue
         if isinstance(quantizer, AffineQuantizerBase) and quantizer.bitwidth not in _BITWIDTHS:
             problems.append(f"{path}: expected 2, 4, 8, 16 or 32 bits, got {quantizer.bitwidth}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript
@@ -24,7 +25,7 @@ from torch import nn
 from torch.onnx import symbolic_helper
 
 from rimet._graph.recorder import evaluating
-from rimet._onnx.marked import DOMAIN, OP_TYPE, Mark, MarkedModel
+from rimet._onnx.marked import DOMAIN, OP_TYPE, Mark, MarkedModel, unused_name
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn.slots import plain
 from rimet.quantization.affine import (
@@ -86,7 +87,7 @@ def trace(
         if exported.opset_imports[""] < opset_version:
             version_converter.convert_version(exported, opset_version, fallback=True)
         exported.opset_imports.pop(DOMAIN, None)
-        yield MarkedModel(exported, marks)
+        yield MarkedModel(exported, marks, _name_transposed(exported, model))
 
 
 def _export_torchscript(
@@ -125,6 +126,30 @@ def _export_dynamo(
     )
     assert program is not None
     return program.model
+
+
+def _name_transposed(
+    exported: ir.Model, model: nn.Module
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Call matrices after the parameters whose transposes they are: the TorchScript exporter folds the
+    transposition of an unquantized weight, and calls the result ``onnx::MatMul_15``.
+
+    :return: name -> original name, permutation
+    """
+    initializers = exported.graph.initializers
+    nameless = [value for name, value in initializers.items() if name.startswith("onnx::")]
+    named: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for value in nameless:
+        if value.const_value is None or value.shape is None or len(value.shape) != 2:
+            continue
+        matrix = torch.from_numpy(np.array(value.const_value.numpy()))
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 2 and parameter.dtype == matrix.dtype:
+                if torch.equal(plain(parameter.detach()).cpu().T, matrix):
+                    value.name = unused_name(exported.graph, f"{path}_0")
+                    named[value.name] = path, (1, 0)
+                    break
+    return named
 
 
 def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

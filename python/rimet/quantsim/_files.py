@@ -143,6 +143,29 @@ def collect(
     return activations, params
 
 
+def uncalibrated(model: nn.Module) -> list[str]:
+    """Paths of the quantizers of a model that would raise if they were called.
+
+    Those that calibration found unreached do nothing, and a quantizer of a parameter that the module
+    does not have (attention whose projection was taken apart) is never called.
+    """
+    uncalled = {
+        id(quantizer)
+        for module in model.modules()
+        if isinstance(module, BaseQuantizationMixin)
+        for name, quantizer in module.param_quantizers.items()
+        if quantizer is not None and getattr(module, name, None) is None
+    }
+    return [
+        path
+        for path, quantizer in model.named_modules()
+        if isinstance(quantizer, QuantizerBase)
+        and not quantizer.is_initialized()
+        and not quantizer._is_idle()
+        and id(quantizer) not in uncalled
+    ]
+
+
 def is_affine(quantizer: object) -> bool:
     """Whether a quantizer has an integer grid with trainable ranges."""
     return isinstance(quantizer, AffineQuantizerBase)

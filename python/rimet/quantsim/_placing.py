@@ -212,6 +212,12 @@ class QuantizerMaker:
             self._made[number] = make_quantizer(spec, self._scheme).to(device)
         return self._made[number]
 
+    def make_all(self) -> None:
+        """Makes every quantizer of the plan, so that none can fail later."""
+        for spec in self._plan["quantizers"]:
+            if spec is not None:  # some numbers stand for none
+                make_quantizer(spec, self._scheme)
+
     def fill(self, module: Any, entry: dict[str, Any], device: torch.device) -> None:
         """Gives a quantized module the quantizers of its entry."""
         for kind in ("inputs", "outputs"):

@@ -112,6 +112,19 @@ def _check_bitwidth(name: str, value: Any, low: int, is_float: bool) -> None:
         raise ValueError(f"{name}: expected {low} to 32 bits, got {value}")
 
 
+def _check_precision(output_bw: Any, param_bw: Any, data_type: Any) -> bool:
+    """Whether grids are floating-point ones; a ValueError for precisions that there are not."""
+    if data_type not in (QuantizationDataType.int, QuantizationDataType.float):
+        raise ValueError(
+            "default_data_type: expected QuantizationDataType.int or QuantizationDataType.float, "
+            f"got {data_type!r}"
+        )
+    is_float = bool(data_type == QuantizationDataType.float)
+    _check_bitwidth("default_output_bw", output_bw, 4, is_float)
+    _check_bitwidth("default_param_bw", param_bw, 2, is_float)
+    return is_float
+
+
 def _quantized_parts(model: nn.Module) -> list[str]:
     """A list with what is wrong with a model that holds quantizers already."""
     quantized = [
@@ -212,15 +225,7 @@ class QuantizationSimModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         scheme = _checked_scheme(quant_scheme)
-        if default_data_type not in (QuantizationDataType.int, QuantizationDataType.float):
-            raise ValueError(
-                "default_data_type: expected QuantizationDataType.int or "
-                "QuantizationDataType.float, "
-                f"got {default_data_type!r}"
-            )
-        is_float = default_data_type == QuantizationDataType.float
-        _check_bitwidth("default_output_bw", default_output_bw, 4, is_float)
-        _check_bitwidth("default_param_bw", default_param_bw, 2, is_float)
+        is_float = _check_precision(default_output_bw, default_param_bw, default_data_type)
         _placing.analyzer_for(scheme, ())
         path = resolve_config(config_file)
         config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
@@ -264,31 +269,117 @@ class QuantizationSimModel:
         replacements = {id(recording.modules[path]): twin for path, twin in twins.of.items()}
         self.model = _placing.replace_modules(model, replacements)
         _placing.forbid_fast_paths(self.model)
+        # The unquantized modules have served their purpose; where they stood is kept.
+        self._recording = dataclasses.replace(recording, modules={}, scopes={})
+        self._paths = {
+            "twins": list(twins.of),
+            "ignored": list(twins.ignored),
+            "modules": list(recording.modules),
+            "scopes": list(recording.scopes),
+        }
+        self._quantize_functional_ops = quantize_functional_ops
+        self._quant_scheme = scheme
+        self._percentile_value = 100.0
+        self._excluded_layer_names: list[str] = []
+        self._note_placement(
+            recording,
+            twins,
+            plan,
+            functional_ops,
+            config,
+            path,
+            default_output_bw,
+            default_param_bw,
+            default_data_type,
+        )
+
+    def _note_placement(
+        self,
+        recording: Recording,
+        twins: _placing.Twins,
+        plan: dict[str, Any],
+        functional_ops: list[str],
+        config: _core.QuantSimConfig,
+        config_file: str,
+        default_output_bw: int,
+        default_param_bw: int,
+        default_data_type: QuantizationDataType,
+    ) -> None:
+        """What is said of the quantizers once they are in the model."""
         for path, quantizer in self.named_quantizers():
             quantizer._where = path
         self.report = SimulationReport._of(self, recording, twins, plan, functional_ops)
         for line in self.report.warnings():
             logger.warning(line)
-
-        # The unquantized modules have served their purpose.
-        self._recording = dataclasses.replace(recording, modules={}, scopes={})
         self._connected_graph: ConnectedGraph | None = None
-        self._quant_scheme = scheme
         self._default_output_bw = default_output_bw
         self._default_param_bw = default_param_bw
-        self._config_file = path
+        self._config_file = config_file
         self._hw_version = config.hw_version
         self._supported_kernels = config.supported_kernels
-        self._percentile_value = 100.0
-        self._excluded_layer_names: list[str] = []
         self.quant_args: dict[str, Any] = {
-            "quant_scheme": scheme.name,
+            "quant_scheme": self._quant_scheme.name,
             "param_bitwidth": default_param_bw,
             "activation_bitwidth": default_output_bw,
             "dtype": default_data_type.name,
             "is_symmetric": config.symmetric_params,
             "per_channel_quantization": config.any_per_channel,
         }
+
+    def configure_quantization_ops(
+        self,
+        config_file: str | None,
+        default_output_bw: int,
+        default_param_bw: int,
+        default_data_type: QuantizationDataType,
+    ) -> None:
+        """Places the quantizers anew, by another configuration: as if the simulation had been made
+        with these arguments.
+
+        All quantizers are new ones without a range; parameters stay as they are.
+
+        Args:
+            config_file, default_output_bw, default_param_bw, default_data_type: as of the
+                constructor.
+
+        Raises:
+            ValueError, FileNotFoundError, NotImplementedError: as the constructor; the simulation
+                is unchanged then.
+        """
+        is_float = _check_precision(default_output_bw, default_param_bw, default_data_type)
+        path = resolve_config(config_file)
+        config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
+        plan = self._recording.graph.place(
+            config, default_output_bw, default_param_bw, is_float, self._quantize_functional_ops
+        )
+        maker = _placing.QuantizerMaker(self.model, plan, self._quant_scheme)
+        maker.make_all()
+        at = self.model.get_submodule
+        places = {kind: {p: at(p) for p in paths} for kind, paths in self._paths.items()}
+        # Nothing fails from here on.
+        restore(self.model)
+        twins = _placing.Twins(places["twins"], places["ignored"], {})
+        recording = dataclasses.replace(
+            self._recording, modules=places["modules"], scopes=places["scopes"]
+        )
+        for module in self.qmodules():
+            for name in module.param_quantizers:
+                module.param_quantizers[name] = None  # type: ignore[assignment]
+        _placing.apply_plan(twins.of, plan, maker)
+        functional_ops: list[str] = []
+        if self._quantize_functional_ops:
+            functional_ops = _placing.make_functional(recording, twins, plan, maker)
+        self._note_placement(
+            recording,
+            twins,
+            plan,
+            functional_ops,
+            config,
+            path,
+            default_output_bw,
+            default_param_bw,
+            default_data_type,
+        )
 
     @staticmethod
     def _record(
@@ -893,6 +984,71 @@ class QuantizationSimModel:
         )
 
     @staticmethod
+    def find_op_names_for_layer(
+        layer_name: str,
+        op_to_io_tensor_map: Mapping[str, Any],
+        tensor_to_consumer_map: Mapping[str, str] | None,
+        layers_to_onnx_op_names: Mapping[str, Sequence[str]] | None,
+    ) -> tuple[list[str], list[str]]:
+        """The nodes of an exported graph that a module became.
+
+        Args:
+            layer_name: path of the module.
+            op_to_io_tensor_map: the graph's nodes, as
+                :meth:`rimet.onnx_utils.OnnxSaver.get_onnx_node_to_io_tensor_names_map` gives them
+                for a file of :meth:`export`.
+            tensor_to_consumer_map, layers_to_onnx_op_names: for AIMET's callers; the names of the
+                nodes say it all.
+
+        Returns:
+            The node that gives the module's result, and all its nodes; empty lists if there are
+            none.
+        """
+        nodes = [name for name in op_to_io_tensor_map if name.partition("#")[0] == layer_name]
+        return nodes[-1:], nodes
+
+    def run_modules_for_traced_custom_marker(
+        self, module_list: Sequence[nn.Module], dummy_input: Any
+    ) -> None:
+        """Traces modules of this simulation, without quantizers, each on the inputs that it gets
+        when the model runs.
+
+        The traced modules are kept for :meth:`export_onnx_model_and_encodings`, as AIMET's callers
+        expect; the export itself does not need them.
+
+        Args:
+            module_list: modules of :attr:`model`.
+            dummy_input: example input, as for the constructor.
+
+        Raises:
+            RuntimeError: a module that did not run.
+        """
+        from rimet.onnx_utils import CustomMarker
+
+        inputs: dict[str, tuple[Any, ...]] = {}
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for module in module_list:
+
+                def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+                    inputs.setdefault(paths[id(module)], args)
+
+                stack.callback(module.register_forward_pre_hook(keep).remove)
+            args, kwargs = bind_inputs(self.model, dummy_input)
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        self._module_marker_map: dict[str, Any] = {}
+        for module in module_list:
+            path = paths.get(id(module))
+            if path is None or path not in inputs:
+                raise RuntimeError(f"module_list: {path or type(module).__name__} did not run")
+            marker = CustomMarker(self.get_original_model(module).eval(), path, "True")
+            self._module_marker_map[path] = torch.jit.trace(
+                marker, inputs[path], check_trace=False, strict=False
+            )
+
+    @staticmethod
     def _export_torchscript(
         path: str,
         filename_prefix: str,
@@ -984,13 +1140,7 @@ def _traced(model: nn.Module, dummy_input: Any) -> Any:
 
 
 def _check_calibrated(model: nn.Module) -> None:
-    empty = [
-        path
-        for path, quantizer in model.named_modules()
-        if isinstance(quantizer, QuantizerBase)
-        and not quantizer.is_initialized()
-        and not quantizer._is_idle()
-    ]
+    empty = _files.uncalibrated(model)
     if empty:
         shown = ", ".join(empty[:8]) + (f" and {len(empty) - 8} more" if len(empty) > 8 else "")
         raise RuntimeError(

@@ -323,6 +323,25 @@ def test_idle_quantizers_are_left_out() -> None:
     assert_equal(exported(sim, x, dynamo=False, export_int32_bias=False), sim, x)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.attention(x, x, x, need_weights=False)[0])[0]
+
+
+@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:UserWarning")
+def test_attention_and_recurrence() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    sim = calibrated(Attention(), x)
+    assert_equal(exported(sim, x, dynamo=False, export_int32_bias=False), sim, x)
+
+
 def test_hugging_face_encoder() -> None:
     # torch's older exporter does not take the model itself, with or without quantizers.
     config = transformers.BertConfig(

@@ -877,3 +877,30 @@ def test_an_uncalibrated_forward_names_the_quantizer() -> None:
         sim.model(x)
     message = str(caught.value)
     assert message.startswith("0.input_quantizers.0: ") and "compute_encodings" in message
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("name", ["resnet_functional", "transformer", "reused", "unet"])
+def test_configure_quantization_ops(name: str, functional: bool) -> None:
+    """Placed anew, a simulation is one that was made with these arguments."""
+    options = {"quantize_functional_ops": functional}
+    model, inputs = build(name, custom)
+    dummy = inputs if len(inputs) > 1 else inputs[0]
+    sim = QuantizationSimModel(model, dummy, config_file="htp_v73", **options)
+    sim.compute_encodings(lambda m: m(*inputs))
+    sim.configure_quantization_ops(None, 16, 4, QuantizationDataType.int)
+    wanted = QuantizationSimModel(
+        model, dummy, default_output_bw=16, default_param_bw=4, config_file=None, **options
+    )
+    assert not any(quantizer.is_initialized() for quantizer in sim.quantizers())
+    assert [path for path, _ in sim.named_quantizers()] == [p for p, _ in wanted.named_quantizers()]
+    assert sim.quant_args == wanted.quant_args
+    assert str(sim.report) == str(wanted.report)
+    for each in (sim, wanted):
+        each.compute_encodings(lambda m: m(*inputs))
+    assert str(sim.model) == str(wanted.model)
+    got, expected = sim.model(*inputs), wanted.model(*inputs)
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="default_output_bw"):
+        sim.configure_quantization_ops(None, 2, 4, QuantizationDataType.int)
+    assert torch.equal(sim.model(*inputs), expected)
