@@ -56,6 +56,11 @@ FILTERED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "filtered, 1d": (lambda: nn.Conv1d(96, 64, 3, bias=False), (9, 96, 10)),
 }
 
+# More weights than 32 samples have inputs: computed by rows.
+ONE_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "one place": (lambda: nn.Conv2d(64, 96, 3, stride=2), (5, 64, 4, 4)),
+}
+
 
 def axes(layer: nn.Module) -> tuple[int, int]:
     """Axes of output and input channels of a layer's weight."""
@@ -68,7 +73,7 @@ def quantized(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A quantized layer whose weight quantizer is calibrated, inputs, and noisy inputs."""
     torch.manual_seed(seed)
-    make, shape = (LAYERS | WIDE | FILTERED)[name]
+    make, shape = (LAYERS | WIDE | FILTERED | ONE_PLACE)[name]
     layer = make()
     qlayer = rimet.nn.QuantizationMixin.from_module(layer)
     out_axis, in_axis = axes(layer)
