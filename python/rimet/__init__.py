@@ -11,6 +11,8 @@ _check_torch(_torch.__version__)
 from rimet import (  # noqa: E402
     _core,
     nn,
+    onnx,
+    onnx_utils,
     quantization,
     quantsim,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "__version__",
     "backend_info",
     "nn",
+    "onnx",
+    "onnx_utils",
     "ops_library_path",
     "quantization",
     "quantsim",

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rimet import _core
 from rimet._graph import bind_inputs
 from rimet._onnx._require import require_onnx
+from rimet.nn.modules import custom
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +32,8 @@ __all__ = [
     "get_layers_in_io_tensor_map",
     "get_pytorch_name_from_onnx_name",
     "get_tensor_to_consumer_map",
+    "map_torch_types_to_onnx",
+    "pytorch_functional_name_to_onnx_dict",
     "recurrent_onnx_optypes",
     "restore_onnx_graph_initializers",
     "save_initializer_restored_onnx_graph",
@@ -39,6 +43,24 @@ logger = logging.getLogger(__name__)
 
 #: Operators with a state.
 recurrent_onnx_optypes = ["LSTM", "GRU", "RNN"]
+
+#: Operators that calls of torch functions become.
+pytorch_functional_name_to_onnx_dict = {"add": "Add", "cat": "Concat", "mul": "Mul", "div": "Div"}
+
+
+def _onnx_types() -> dict[type[nn.Module], list[str]]:
+    homes: dict[str, Any] = {"nn": nn, "custom": custom}
+    types = {}
+    for key, operators in _core.onnx_type_table():
+        home, _, name = key.partition(".")
+        module_cls = getattr(homes.get(home), name, None)
+        if module_cls is not None:
+            types[module_cls] = list(operators)
+    return types
+
+
+#: The operators that modules become: classes of torch, and elementwise operations as modules.
+map_torch_types_to_onnx = _onnx_types()
 
 
 @dataclass

@@ -20,7 +20,7 @@ ENGINE = {
     "nn": {"calibration", "encoding", "error", "ops"},
 }
 # Inside the package: lower layers first.
-PACKAGE = ["common", "quantization", "nn", "_graph", "meta", "quantsim"]
+PACKAGE = ["common", "quantization", "nn", "_graph", "meta", "quantsim", "_onnx"]
 
 
 def test_engine_layers() -> None:

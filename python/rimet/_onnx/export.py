@@ -23,7 +23,7 @@ from rimet._onnx.marked import Mark, MarkedModel
 from rimet._onnx.names import name_nodes
 from rimet._onnx.qdq import lower, minimum_opset
 from rimet._onnx.trace import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, trace
-from rimet.quantization.affine import AffineQuantizerBase
+from rimet.quantization.affine import AffineQuantizerBase, Dequantize, Quantize
 from rimet.quantization.base import QuantizerBase
 from rimet.quantization.float import FloatEncoding, FloatQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel
@@ -228,6 +228,12 @@ def _check_quantizers(model: nn.Module, opset_version: int | None) -> None:
         if isinstance(module, QuantizerBase)
     ]
     for path, quantizer in quantizers:
+        if isinstance(quantizer, Quantize | Dequantize):
+            problems.append(
+                f"{path}: expected a QuantizeDequantize, got a {type(quantizer).__name__}, which "
+                "does half of it"
+            )
+            continue
         if opset_version is None or not quantizer.is_initialized():
             continue
         if isinstance(quantizer, AffineQuantizerBase) and quantizer.bitwidth not in _BITWIDTHS:

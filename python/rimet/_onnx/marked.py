@@ -356,10 +356,11 @@ def _pads_with_grid_value(node: ir.Node, encoding: EncodingBase) -> bool:
     if mode is not None and mode.as_string() != "constant":
         return True
     given = node.inputs[2] if len(node.inputs) > 2 else None
+    attribute = node.attributes.get("value")  # before opset 11
     fill = np.zeros(()) if given is None else constant_of(given)
     if fill is None:
         return False
-    value = torch.tensor(float(fill.reshape(())))
+    value = torch.tensor(attribute.as_float() if attribute else float(fill.reshape(())))
     return bool(encoding.quantize_dequantize(value) == value)
 
 

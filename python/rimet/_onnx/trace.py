@@ -144,12 +144,19 @@ def _name_transposed(
             continue
         matrix = torch.from_numpy(np.array(value.const_value.numpy()))
         for path, parameter in model.named_parameters():
-            if parameter.dim() == 2 and parameter.dtype == matrix.dtype:
-                if torch.equal(plain(parameter.detach()).cpu().T, matrix):
-                    value.name = unused_name(exported.graph, f"{path}_0")
-                    named[value.name] = path, (1, 0)
-                    break
+            if _is_transpose(parameter, matrix):
+                value.name = unused_name(exported.graph, f"{path}_0")
+                named[value.name] = path, (1, 0)
+                break
     return named
+
+
+def _is_transpose(parameter: nn.Parameter, matrix: torch.Tensor) -> bool:
+    if parameter.dtype != matrix.dtype or parameter.shape != matrix.T.shape:
+        return False
+    tensor = plain(parameter.detach()).T
+    # One row first: a model has many weights of one shape.
+    return all(torch.equal(tensor[:rows].cpu(), matrix[:rows]) for rows in (1, None))
 
 
 def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -215,7 +222,7 @@ def _quantizers(
                 if unfolded is not None:
                     changes.enter_context(_unfolded(module, name, unfolded))
                     params[id(unfolded)] = where
-                    found.append((unfolded, Mark(encoding, True, where)))
+                    found.append((unfolded, Mark(encoding.to("cpu")._detach(), True, where)))
     known = {id(quantizer) for quantizer, _ in found}
     for path, module in model.named_modules():
         if isinstance(module, QuantizerBase) and id(module) not in known:

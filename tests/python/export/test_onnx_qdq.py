@@ -17,7 +17,11 @@ import torchvision
 import transformers
 from rimet.batch_norm_fold import fold_all_batch_norms
 from rimet.common.defs import QuantizationDataType
-from rimet.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
+from rimet.quantization.affine import (
+    GroupedBlockQuantizeDequantize,
+    Quantize,
+    QuantizeDequantize,
+)
 from rimet.quantization.float import FloatQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel
 from rimet.quantsim.config_utils import (
@@ -413,6 +417,10 @@ def test_bad_models(tmp_path: Path) -> None:
     sim = calibrated(model, x, default_output_bw=32)
     with pytest.raises(RuntimeError, match="no 32-bit integers"):
         rimet.onnx.export(sim, x, path, dynamo=False)
+    sim = calibrated(model, x)
+    sim.model.fc.param_quantizers["weight"] = Quantize((), 8, True)
+    with pytest.raises(RuntimeError, match="weight: expected a QuantizeDequantize, got a Quantize"):
+        rimet.onnx.export(sim, x, path)
     half = calibrated(model, x).model.half()
     with pytest.raises(RuntimeError, match="expected float32 parameters, got torch.float16"):
         rimet.onnx.export(half, x.half(), path)
@@ -451,3 +459,39 @@ def test_external_data(tmp_path: Path) -> None:
     inside = exported(sim, x, dynamo=False)
     assert [i.name for i in whole.graph.initializer] == [i.name for i in inside.graph.initializer]
     np.testing.assert_array_equal(run(whole, x)[0], run(inside, x)[0])
+
+
+@pytest.mark.parametrize(("name", "opset"), [("lpbq", 21), ("w2a8", 25), ("w8a8", 13)])
+def test_opsets_of_the_newer_exporter(name: str, opset: int) -> None:
+    model, x = conv_relu_linear()
+    kwargs, setup, _ = GRIDS[name]
+    sim = calibrated(model, x, setup=setup, **kwargs)
+    proto = exported(sim, x, dynamo=True, opset_version=opset, export_int32_bias=False)
+    # torch implements its operators for opset 18 and may not get below it.
+    assert proto.opset_import[0].version == (opset if opset >= 18 else 18)
+    assert_equal(proto, sim, x)
+
+
+class Padded(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.relu()
+        return F.pad(x, (1, 1), value=0.0) * 1, F.pad(x, (1, 1), value=-3.0) * 1
+
+
+@pytest.mark.parametrize("opset", [10, 20])
+def test_padding_with_a_value_off_the_grid(opset: int) -> None:
+    """Only padding with a value of the grid leaves a tensor on it."""
+    x = torch.randn(4, 6)
+    sim = calibrated(Padded(), x)
+    for op in sim.model.functional.children():
+        if op.function != "relu":
+            op.output_quantizers[0] = None
+    proto = exported(sim, x, dynamo=False, opset_version=opset, export_int32_bias=False)
+    assert_equal(proto, sim, x)
+    outputs = {n.output[0]: n for n in proto.graph.node}
+    pads = [n for n in proto.graph.node if n.op_type == "Pad"]
+    derived = [
+        any(n.op_type == "QuantizeLinear" and n.input[0] == pad.output[0] for n in outputs.values())
+        for pad in pads
+    ]
+    assert derived == [True, False]

@@ -80,6 +80,14 @@ def test_restored_initializers(tmp_path: Path) -> None:
     assert len(model.graph.node) == 3
 
 
+def test_operators_of_modules() -> None:
+    """Some rows of AIMET's table."""
+    types = onnx_utils.map_torch_types_to_onnx
+    assert types[nn.Linear] == ["Gemm", "MatMul"]
+    assert types[nn.PixelShuffle] == ["DepthToSpace"]
+    assert types[nn.ReLU6] == ["Clip"]
+
+
 def test_markers() -> None:
     sim, x = blocks()
     assert sim.run_modules_for_traced_custom_marker([sim.model.seq[0]], x) is None
