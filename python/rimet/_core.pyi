@@ -226,6 +226,7 @@ def adaround_layer(
     learning_rate: Any,
     early_stop: Any,
     seed: Any,
+    memory: Any = ...,
     progress: Any = ...,
 ) -> dict[str, Any]: ...
 def adaround_learning_rate(num_iterations: int) -> float: ...

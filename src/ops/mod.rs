@@ -7,6 +7,7 @@
 mod adaround;
 mod convolution;
 mod ffi;
+mod row_combinations;
 mod seq_mse;
 
 pub use adaround::{
@@ -14,6 +15,7 @@ pub use adaround::{
     AdaroundState, AdaroundStep, GAMMA, ZETA,
 };
 pub use convolution::{convolution_weight_gradient, Convolution};
+pub use row_combinations::RowCombinations;
 pub use seq_mse::{reconstruction_error, row_dot};
 
 use crate::encoding::AffineGrid;

@@ -11,21 +11,24 @@
 //! 20 to 2 after a warm start without the second term. Then each weight takes the level that its `alpha`
 //! leans to.
 //!
-//! Each step takes 32 samples of the cached inputs, or, where the output is linear in the weights (no
-//! activation function follows) and that counts fewer operations, all of them at once through their Gram
-//! matrix: the loss is then `tr(E G E^T) + 2 tr(E D^T) + const`, `E` being the weights' change, `G = x'^T x'`
-//! and `D = (W x' - W x)^T x'`.
+//! Each step takes 32 samples of the cached inputs, through the layer itself or, where that counts fewer
+//! operations, through [matrix products](super::matrix_products) over inputs that are prepared once. Or, where
+//! the output is linear in the weights (no activation function follows), it takes all of them at once through
+//! their Gram matrix: the loss is then `tr(E G E^T) + 2 tr(E D^T) + const`, `E` being the weights' change,
+//! `G = x'^T x'` and `D = (W x' - W x)^T x'`.
+
+mod minibatch;
+mod rounding;
 
 use super::linear_map::{compute_kind, LinearMap};
+use super::matrix_products::{layer_operations, MatrixProducts};
 use super::rows::{for_each_piece, Batches, Gram};
 use crate::encoding::AffineGrid;
 use crate::error::{Error, Result};
-use crate::ops::{
-    adaround_quantize_dequantize, adaround_regularizer, adaround_step, reconstruction_gradient,
-    AdaroundState, AdaroundStep, GAMMA, ZETA,
-};
-use crate::ptq::random::Random;
-use tch::{Kind, Reduction, Tensor};
+use crate::ops::{adaround_regularizer, AdaroundStep};
+use minibatch::Minibatch;
+use rounding::Rounding;
+use tch::{Device, Kind, Tensor};
 
 /// Samples of one step.
 pub const BATCH_SIZE: usize = 32;
@@ -204,13 +207,20 @@ pub struct Problem<'a> {
     pub input: &'a Batches<'a>,
     /// Output of the layer in the floating-point model, without the activation function.
     pub target: &'a Batches<'a>,
+    /// Bytes for what is made of inputs and targets ahead of the steps. What does not fit is made in each step: the
+    /// same bits, in a longer time.
+    pub memory: u64,
 }
 
 /// How a layer was optimized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// 32 samples a step.
+    /// 32 samples a step, through the layer.
     Minibatch,
+    /// The same, as a product of the weight's matrix and rows of inputs.
+    Rows,
+    /// The same, by minimal filtering.
+    Filtering,
     /// All samples, through their Gram matrix.
     Gram,
 }
@@ -236,9 +246,9 @@ pub type Progress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// Chooses the rounding of a layer's weight.
 ///
-/// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: six
-/// times the weight (seven times for a convolution with few output places), 32 samples of input and output,
-/// and with [`Method::Gram`] three Gram matrices.
+/// The same seed, machine and number of threads give the same bits. Memory on top of the inputs: nine times
+/// the weight, 32 samples of input and output, and with [`Method::Gram`] three Gram matrices, or with
+/// [`Method::Rows`] and [`Method::Filtering`] at most [`Problem::memory`] and a few times 32 samples.
 ///
 /// # Errors
 /// [`Error::Value`] for settings or shapes that do not fit, no data; whatever `progress` gives.
@@ -266,20 +276,21 @@ pub fn adaround(
         kind,
     };
     let samples = layer.samples()?;
-    let mut state = layer.initial_state()?;
-    let nearest = layer.nearest()?;
+    let plan = layer.plan(&samples, config.num_iterations)?;
+    let rounding = Rounding::new(&layer, plan.weight_order())?;
+    let mut state = rounding.initial_state()?;
+    let nearest = rounding.in_place(&rounding.nearest()?)?;
     let loss_before = layer.loss(&nearest)?;
 
-    let mut gradient = if problem.activation.is_none()
-        && layer.gram_is_cheaper(&samples, config.num_iterations)?
-    {
-        Gradient::Gram(GramLoss::new(&layer)?)
-    } else {
-        Gradient::Minibatch(Sampler::new(&layer, samples, config.seed)?)
-    };
-    let method = match gradient {
-        Gradient::Gram(_) => Method::Gram,
-        Gradient::Minibatch(_) => Method::Minibatch,
+    let method = plan.method();
+    let seed = config.seed;
+    let minibatch = |minibatch| Gradient::Minibatch(Box::new(minibatch));
+    let mut gradient = match plan {
+        Plan::Gram => Gradient::Gram(GramLoss::new(&layer)?),
+        Plan::Layer => minibatch(Minibatch::of_layer(samples, seed)),
+        Plan::Products(products) => {
+            minibatch(Minibatch::of_products(&layer, samples, products, seed)?)
+        }
     };
 
     let mut taken = 0;
@@ -295,28 +306,21 @@ pub fn adaround(
         }
         let grad = match &mut gradient {
             Gradient::Gram(loss) => loss.gradient(&layer, &state.output)?,
-            Gradient::Minibatch(sampler) => sampler.gradient(&layer, &state.output)?,
+            Gradient::Minibatch(minibatch) => minibatch.gradient(&layer, &state.output)?,
         };
         let (reg_param, beta) = config.regularization(iteration);
-        adaround_step(
-            &mut state,
-            &grad,
-            &weight,
-            problem.scale_offset,
-            &problem.grid,
-            problem.block_size,
-            AdaroundStep {
-                step: iteration as i64 + 1,
-                learning_rate: config.learning_rate,
-                reg_param,
-                beta,
-            },
-        )?;
+        let settings = AdaroundStep {
+            step: iteration as i64 + 1,
+            learning_rate: config.learning_rate,
+            reg_param,
+            beta,
+        };
+        rounding.step(&mut state, &grad, settings)?;
         taken = iteration + 1;
     }
     progress(taken)?;
 
-    let rounded = layer.rounded(&state.alpha, false)?;
+    let rounded = rounding.in_place(&rounding.rounded(&state.alpha, false)?)?;
     let loss_after = layer.loss(&rounded)?;
     let kept_nearest = loss_after.is_nan() || loss_after >= loss_before;
     let (chosen, loss_after) = if kept_nearest {
@@ -411,51 +415,6 @@ impl Layer<'_> {
             .collect()
     }
 
-    fn rounded(&self, alpha: &Tensor, soft: bool) -> Result<Tensor> {
-        adaround_quantize_dequantize(
-            self.weight,
-            alpha,
-            self.problem.scale_offset,
-            &self.problem.grid,
-            soft,
-            self.problem.block_size,
-        )
-    }
-
-    fn nearest(&self) -> Result<Tensor> {
-        let (scale, offset) = self.problem.scale_offset;
-        crate::ops::quantize_dequantize(
-            self.weight,
-            scale,
-            offset,
-            &self.problem.grid,
-            self.problem.block_size,
-        )
-    }
-
-    /// Rounding variables whose soft rounding gives the weights themselves: `h(alpha) = frac(W / scale)`.
-    fn initial_state(&self) -> Result<AdaroundState> {
-        let (scale, offset) = self.problem.scale_offset;
-        let ones = Tensor::f_ones_like(self.weight)?;
-        let spread = crate::ops::dequantize(
-            &ones,
-            scale,
-            &Tensor::f_zeros_like(offset)?,
-            self.problem.block_size,
-        )?;
-        let position = self.weight / &spread;
-        let fraction = &position - position.f_floor()?;
-        let ratio = (fraction - GAMMA).f_reciprocal()? * (ZETA - GAMMA);
-        let alpha = (ratio - 1.0).f_log()?.f_neg()?;
-        let output = self.rounded(&alpha, true)?;
-        Ok(AdaroundState {
-            exp_avg: alpha.f_zeros_like()?,
-            exp_avg_sq: alpha.f_zeros_like()?,
-            alpha,
-            output,
-        })
-    }
-
     /// Mean over all rows of the squared error, summed over output channels.
     fn loss(&self, weight: &Tensor) -> Result<f64> {
         let (mut sum, mut rows) = (0.0, 0);
@@ -475,101 +434,75 @@ impl Layer<'_> {
         Ok(sum / rows.max(1) as f64)
     }
 
-    /// Rows and target rows of all samples, where they take no more memory than the weight: no more rows
-    /// than output channels. A convolution reorders the weights to a layout of its own, and their gradient
-    /// back, at every step; with so few rows that costs more than the convolution itself.
-    fn rows_of_samples(&self, batches: &[BatchShape]) -> Result<Option<Vec<(Tensor, Tensor)>>> {
-        let map = self.problem.map;
-        let matrix = map.matrix(self.weight)?.size();
-        let rows: i64 = batches.iter().map(|b| b.rows).sum();
-        if *map == LinearMap::Linear || map.groups() != 1 || rows > matrix[1] {
-            return Ok(None);
-        }
-        let of_batch = |batch: usize| {
-            let by_sample = |rows: Tensor| rows.f_reshape([batches[batch].samples as i64, -1]);
-            Ok((
-                by_sample(map.rows(&self.input(batch)?, self.weight)?)?,
-                by_sample(map.output_rows(&self.target(batch)?)?)?,
-            ))
-        };
-        (0..batches.len())
-            .map(of_batch)
-            .collect::<Result<_>>()
-            .map(Some)
-    }
-
-    /// The gradient of a step's loss with respect to the weight of `map`, whose bias and activation function
-    /// are this layer's.
-    fn minibatch_gradient(
-        &self,
-        map: &LinearMap,
-        weight: &Tensor,
-        input: &Tensor,
-        runs: &[Run],
-    ) -> Result<Tensor> {
-        let output = map.forward(input, weight, self.bias)?.f_contiguous()?;
-        let factor = 2.0 / map.num_rows(&output).max(1) as f64;
-        let grad = match self.problem.activation {
-            None => self.output_gradient(&output, runs, factor, false)?,
-            Some(Activation::Relu) => self.output_gradient(&output, runs, factor, true)?,
-            Some(activation) => {
-                let parts: Vec<Tensor> =
-                    runs.iter().map(Run::drawn_target).collect::<Result<_>>()?;
-                let target = Tensor::f_cat(&parts, 0)?.f_to_kind(self.kind)?;
-                let target = activation.apply(&target.f_reshape_as(&output)?)?;
-                tch::with_grad(|| -> Result<Tensor> {
-                    let output = output.f_detach()?.f_set_requires_grad(true)?;
-                    let loss = activation
-                        .apply(&output)?
-                        .f_mse_loss(&target, Reduction::Sum)?
-                        * (0.5 * factor);
-                    let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
-                    Ok(grads[0].shallow_clone())
-                })?
-            }
-        };
-        map.weight_gradient(&grad, input, weight)
-    }
-
-    /// The gradient with respect to the output, in its place, without copies of the targets.
-    fn output_gradient(
-        &self,
-        output: &Tensor,
-        runs: &[Run],
-        factor: f64,
-        relu: bool,
-    ) -> Result<Tensor> {
-        let samples: i64 = runs.iter().map(|run| run.len).sum();
-        let by_sample = output.f_view([samples, -1])?;
-        for run in runs {
-            let mut part = by_sample.f_narrow(0, run.begin, run.len)?;
-            if run.target.kind() == self.kind {
-                let target = run.target.f_flatten(1, -1)?;
-                reconstruction_gradient(&mut part, &target, Some(&run.samples), factor, relu)?;
-            } else {
-                let target = run.drawn_target()?.f_to_kind(self.kind)?.f_flatten(1, -1)?;
-                reconstruction_gradient(&mut part, &target, None, factor, relu)?;
-            }
-        }
-        Ok(output.shallow_clone())
-    }
-
-    /// Whether a step over the Gram matrix, with the making of it spread over the steps, counts fewer
-    /// operations than the forward pass and the weight gradient of a minibatch.
-    fn gram_is_cheaper(&self, samples: &[BatchShape], num_iterations: u64) -> Result<bool> {
-        let matrix = self.problem.map.matrix(self.weight)?.size();
-        let (out, columns) = (matrix[1] as f64, matrix[2] as f64);
-        let total: usize = samples.iter().map(|b| b.samples).sum();
-        let rows = samples.iter().map(|b| b.rows).sum::<i64>() as f64;
+    /// What counts the fewest operations for a step.
+    fn plan(&self, batches: &[BatchShape], num_iterations: u64) -> Result<Plan<'_>> {
+        let problem = self.problem;
+        let total: usize = batches.iter().map(|b| b.samples).sum();
+        let rows = batches.iter().map(|b| b.rows).sum::<i64>() as f64;
         let rows_of_step = rows * (BATCH_SIZE.min(total) as f64 / total as f64);
-        let making = rows * columns * columns / num_iterations as f64;
-        Ok(out * columns * columns + making < 2.0 * rows_of_step * out * columns)
+        let mut plan = Plan::Layer;
+        let mut least = layer_operations(problem.map, self.weight, rows_of_step);
+        for products in self.matrix_products(batches)? {
+            let operations = products.operations(BATCH_SIZE.min(total) as i64);
+            if operations < least {
+                (plan, least) = (Plan::Products(products), operations);
+            }
+        }
+        if problem.activation.is_none() {
+            let matrix = problem.map.matrix(self.weight)?.size();
+            let (numel, columns) = (self.weight.numel() as f64, matrix[2] as f64);
+            // The making is spread over the steps.
+            let making = rows * matrix[0] as f64 * columns * columns / num_iterations as f64;
+            if numel * columns + making < least {
+                plan = Plan::Gram;
+            }
+        }
+        Ok(plan)
+    }
+
+    /// The matrix products that the layer can be computed by. Samples have to be of one shape. On other devices than
+    /// CPUs the layer's own convolution is left to choose.
+    fn matrix_products(&self, batches: &[BatchShape]) -> Result<Vec<MatrixProducts<'_>>> {
+        let (map, first) = (self.problem.map, &batches[0]);
+        if self.weight.device() != Device::Cpu || batches.iter().any(|b| b.shape != first.shape) {
+            return Ok(vec![]);
+        }
+        let places = first.shape.1.get(1..).unwrap_or_default();
+        let mut ways = MatrixProducts::filtering(map, self.weight, places)?;
+        ways.extend(MatrixProducts::rows(map, self.weight, places));
+        Ok(ways)
     }
 }
 
-enum Gradient {
+/// How steps are computed.
+enum Plan<'a> {
+    Layer,
+    Products(MatrixProducts<'a>),
+    Gram,
+}
+
+impl Plan<'_> {
+    fn method(&self) -> Method {
+        match self {
+            Plan::Layer => Method::Minibatch,
+            Plan::Products(products) if products.is_filtering() => Method::Filtering,
+            Plan::Products(_) => Method::Rows,
+            Plan::Gram => Method::Gram,
+        }
+    }
+
+    /// The order of the weight's dimensions in which a step computes with it; `None`: its own.
+    fn weight_order(&self) -> Option<Vec<i64>> {
+        match self {
+            Plan::Products(products) => Some(products.weight_order()),
+            Plan::Layer | Plan::Gram => None,
+        }
+    }
+}
+
+enum Gradient<'a> {
     Gram(GramLoss),
-    Minibatch(Sampler),
+    Minibatch(Box<Minibatch<'a>>),
 }
 
 /// The quadratic loss: its gradient at `W'` is `2 ((W' - W) G + D) / rows`.
@@ -613,145 +546,5 @@ impl GramLoss {
         let mut grad = self.constant.f_baddbmm(&change, &self.gram, 1, 1)?;
         let _ = grad.f_mul_scalar_(self.factor)?;
         map.from_matrix(&grad, &layer.weight.size())
-    }
-}
-
-/// Draws samples and computes their loss's gradient.
-struct Sampler {
-    batches: Vec<BatchShape>,
-    /// Batches whose samples can be stacked, by shape; the number of samples in each.
-    stacks: Vec<(Vec<usize>, usize)>,
-    random: Random,
-    /// Rows and target rows of the weight's matrix, `[samples, places * channels]` for each batch, where a
-    /// step is computed with them.
-    rows: Option<Vec<(Tensor, Tensor)>>,
-    /// Inputs of the last step, whose memory the next one takes.
-    drawn: Option<Tensor>,
-}
-
-/// The samples of a step that come from one batch.
-struct Run {
-    /// The batch's, samples first.
-    input: Tensor,
-    target: Tensor,
-    /// Their places in it.
-    samples: Tensor,
-    /// The place of the first among all of the step.
-    begin: i64,
-    len: i64,
-}
-
-impl Run {
-    fn drawn_target(&self) -> Result<Tensor> {
-        Ok(self.target.f_index_select(0, &self.samples)?)
-    }
-}
-
-impl Sampler {
-    fn new(layer: &Layer<'_>, batches: Vec<BatchShape>, seed: u64) -> Result<Self> {
-        let mut stacks: Vec<(Vec<usize>, usize)> = vec![];
-        for (index, batch) in batches.iter().enumerate() {
-            let stack = stacks
-                .iter_mut()
-                .find(|(members, _)| batches[members[0]].shape == batch.shape);
-            match stack {
-                Some((members, samples)) => {
-                    members.push(index);
-                    *samples += batch.samples;
-                }
-                None => stacks.push((vec![index], batch.samples)),
-            }
-        }
-        Ok(Self {
-            rows: layer.rows_of_samples(&batches)?,
-            batches,
-            stacks,
-            random: Random::new(seed),
-            drawn: None,
-        })
-    }
-
-    /// Samples of one step, as (batch, place within it), in the order of the data. Where shapes differ
-    /// between batches, all are of one shape, chosen as often as it has samples.
-    fn draw(&mut self) -> Vec<(usize, i64)> {
-        let total: usize = self.stacks.iter().map(|s| s.1).sum();
-        let mut place = self.random.below(total as u64) as usize;
-        let mut stack = 0;
-        while place >= self.stacks[stack].1 {
-            place -= self.stacks[stack].1;
-            stack += 1;
-        }
-        let (members, samples) = &self.stacks[stack];
-        let mut chosen = self.random.sample(*samples, BATCH_SIZE.min(*samples));
-        chosen.sort_unstable();
-        let mut found = Vec::with_capacity(chosen.len());
-        let (mut member, mut begin) = (0, 0);
-        for index in chosen {
-            while index - begin >= self.batches[members[member]].samples {
-                begin += self.batches[members[member]].samples;
-                member += 1;
-            }
-            found.push((members[member], (index - begin) as i64));
-        }
-        found
-    }
-
-    /// Copies the inputs of the samples drawn out of their batches; the batches themselves stay where they
-    /// are.
-    fn gather(&mut self, runs: &[Run]) -> Result<Tensor> {
-        let n: i64 = runs.iter().map(|run| run.len).sum();
-        let mut size = runs[0].input.size();
-        size[0] = n;
-        let kind = runs[0].input.kind();
-        let buffer = match self.drawn.take() {
-            Some(buffer) if buffer.size() == size && buffer.kind() == kind => buffer,
-            _ => Tensor::f_empty(&size, (kind, runs[0].input.device()))?,
-        };
-        for run in runs {
-            let part = buffer.f_narrow(0, run.begin, run.len)?;
-            let _ = run.input.f_index_select_out(&part, 0, &run.samples)?;
-        }
-        Ok(self.drawn.insert(buffer).shallow_clone())
-    }
-
-    /// The samples of a step, by batch.
-    fn runs(&mut self, layer: &Layer<'_>) -> Result<Vec<Run>> {
-        let drawn = self.draw();
-        let mut begin = 0;
-        drawn
-            .chunk_by(|a, b| a.0 == b.0)
-            .map(|run| {
-                let samples: Vec<i64> = run.iter().map(|s| s.1).collect();
-                let batch = run[0].0;
-                let (input, target) = match &self.rows {
-                    Some(rows) => (rows[batch].0.shallow_clone(), rows[batch].1.shallow_clone()),
-                    None => (layer.raw_input(batch)?, layer.raw_target(batch)?),
-                };
-                let found = Run {
-                    input,
-                    target,
-                    samples: Tensor::from_slice(&samples).f_to_device(layer.weight.device())?,
-                    begin,
-                    len: samples.len() as i64,
-                };
-                begin += found.len;
-                Ok(found)
-            })
-            .collect()
-    }
-
-    fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
-        let runs = self.runs(layer)?;
-        let input = self.gather(&runs)?;
-        let map = layer.problem.map;
-        if self.rows.is_none() {
-            let input = layer.padded(&input)?;
-            return layer.minibatch_gradient(map, rounded, &input, &runs);
-        }
-        // A linear layer with the weight's matrix.
-        let matrix = map.matrix(rounded)?.f_squeeze_dim(0)?;
-        let rows = input.f_reshape([-1, matrix.size()[1]])?;
-        let grad = layer.minibatch_gradient(&LinearMap::Linear, &matrix, &rows, &runs)?;
-        map.from_matrix(&grad.f_unsqueeze(0)?, &rounded.size())
     }
 }

@@ -10,6 +10,7 @@ pub mod bias_correction;
 pub mod cross_layer_equalization;
 mod layer;
 pub mod linear_map;
+mod matrix_products;
 mod pieces;
 pub mod random;
 mod rows;

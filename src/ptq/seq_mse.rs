@@ -10,6 +10,7 @@
 //! over pieces of the rows float64. Where a layer is one block, candidates that cannot win are found by a lower
 //! bound and left out (see [`pruned`]).
 
+mod factor;
 mod pruned;
 
 use super::linear_map::{compute_kind, LinearMap};
@@ -463,12 +464,8 @@ impl Search<'_> {
         })
     }
 
-    /// Compares the operations of both ways: making the Gram matrix and one product with it for each
-    /// output and candidate, against one product with the rows for each.
-    fn gram_is_cheaper(&self) -> Result<bool> {
-        if self.config.loss == Loss::L1 {
-            return Ok(false);
-        }
+    /// Rows of all inputs.
+    fn num_rows(&self) -> Result<f64> {
         let mut rows = 0;
         for batch in 0..self.problem.num_batches {
             let source = match self.config.symmetry {
@@ -478,7 +475,16 @@ impl Search<'_> {
             let input = self.problem.map.batched(&source(batch)?)?;
             rows += self.problem.map.num_rows_of_input(&input, self.weight);
         }
-        let rows = rows as f64;
+        Ok(rows as f64)
+    }
+
+    /// Compares the operations of both ways: making the Gram matrix and one product with it for each
+    /// output and candidate, against one product with the rows for each.
+    fn gram_is_cheaper(&self) -> Result<bool> {
+        if self.config.loss == Loss::L1 {
+            return Ok(false);
+        }
+        let rows = self.num_rows()?;
         let products = (self.layout.out * i64::from(self.config.num_candidates)) as f64;
         let columns = self.layout.columns as f64;
         Ok(columns * (rows + products) < rows * products)

@@ -13,11 +13,13 @@ use tch::Tensor;
 /// Chooses the rounding of a layer's weight. Answers a dict with `weight`, `loss_before`, `loss_after`,
 /// `method`, `iterations` and `kept_nearest`. See `rimet::ptq::adaround`.
 ///
-/// `activation`: name, numbers and weights of the activation function behind the layer.
+/// `activation`: name, numbers and weights of the activation function behind the layer. `memory`: bytes for what is
+/// made of inputs and targets; None: as many as it takes.
 #[pyfunction]
 #[pyo3(signature = (
     map, weight, bias, inputs, targets, scale, offset, *, qmin, qmax, block_size, activation,
-    num_iterations, reg_param, beta_range, warm_start, learning_rate, early_stop, seed, progress=None
+    num_iterations, reg_param, beta_range, warm_start, learning_rate, early_stop, seed, memory=None,
+    progress=None
 ))]
 #[allow(clippy::too_many_arguments)]
 fn adaround_layer<'py>(
@@ -40,6 +42,7 @@ fn adaround_layer<'py>(
     learning_rate: f64,
     early_stop: Option<f64>,
     seed: u64,
+    memory: Option<u64>,
     progress: Option<PyObject>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let config = Config {
@@ -81,6 +84,7 @@ fn adaround_layer<'py>(
             num_batches: inputs.len(),
             input: &|batch| load(&inputs, batch),
             target: &|batch| load(&targets, batch),
+            memory: memory.unwrap_or(u64::MAX),
         };
         adaround(&problem, &config, report)
     })?;
@@ -90,6 +94,8 @@ fn adaround_layer<'py>(
     result.set_item("loss_after", outcome.loss_after)?;
     let method = match outcome.method {
         Method::Minibatch => "minibatch",
+        Method::Rows => "minibatch, rows",
+        Method::Filtering => "minibatch, minimal filtering",
         Method::Gram => "gram",
     };
     result.set_item("method", method)?;

@@ -252,7 +252,7 @@ class Execution:
         values: where live tensors are kept, by value number; a dict if None.
         seed: of random numbers of its own, if the program draws some; None: torch's generator.
         known: asked for the outcome of a module's call ahead of making it: with its path and
-            arguments, it answers None or what the module would.
+            arguments, it answers None or what the module would. The run may write to the answer.
 
     Attributes:
         next_step: the step before which it stands.
@@ -381,11 +381,9 @@ class Execution:
                     stack.enter_context(torch.autocast(device, dtype))
                 return module(*args, **kwargs)
         if self._known is not None and not step.is_random:
-            # What is written to afterwards has to be this run's own.
-            if self.program.mutable.isdisjoint(step.outputs):
-                outcome = self._known(step.name, args, kwargs)
-                if outcome is not None:
-                    return outcome
+            outcome = self._known(step.name, args, kwargs)
+            if outcome is not None:
+                return outcome
         return module(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -285,10 +286,18 @@ class _Recorder:
 class _Operators(TorchDispatchMode):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.operator = recorder.operator
+        if "torch._dynamo" in sys.modules:
+            self.operator = torch._dynamo.disable(recorder.operator)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler, one to two seconds, to keep it out of this mode. Where nobody has imported
+        # it yet, nobody compiles.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.operator(func, args, kwargs or {})
+        return self.operator(func, args, kwargs or {})
 
 
 class _LeavingValues(TorchFunctionMode):

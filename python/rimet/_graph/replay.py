@@ -67,7 +67,7 @@ def verify(
 
 @dataclass
 class _Call:
-    """A module's call: what went in and came out, not copied, and how often either had been written to."""
+    """A module's call: what went in and came out, and how often either had been written to."""
 
     inputs: list[torch.Tensor]
     structure: Structure
@@ -96,6 +96,12 @@ class _KeptCalls:
         names = {step.name for step in program.steps if step.kind == "module"}
         modules = {name: model.get_submodule(name) for name in names}
         self._modules = {n: m for n, m in modules.items() if isinstance(m, _COSTLY)}
+        # Of what is written to afterwards, as by an activation in place, a copy is kept.
+        self._copied = {
+            step.name
+            for step in program.steps
+            if step.kind == "module" and not program.mutable.isdisjoint(step.outputs)
+        }
         self._left = keep_bytes
         self._calls: dict[str, deque[_Call | None]] = {name: deque() for name in self._modules}
 
@@ -117,6 +123,8 @@ class _KeptCalls:
             call = None
             if isinstance(output, torch.Tensor) and not output.is_inference():
                 self._left -= bytes_of([*inputs, output])
+                if self._left >= 0 and name in self._copied:
+                    output = _copy(output)
                 if self._left >= 0:
                     call = _Call(inputs, structure, output, [*versions, output._version])
             self._calls[name].append(call)
@@ -137,6 +145,12 @@ class _KeptCalls:
         call = calls.popleft() if calls else None
         known = call is not None and call.is_as_it_was() and call.has(*flatten((args, kwargs)))
         return call.output if call is not None and known else None
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    # Not seen by the modes of a simulation, which watch the functions that the model calls.
+    with torch._C.DisableTorchFunction():
+        return tensor.clone()
 
 
 def _compare(

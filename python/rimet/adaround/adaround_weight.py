@@ -305,6 +305,7 @@ class _AdaRound(WeightTechnique):
                 block_size=layer.block_size,
                 activation=activation,
                 seed=layer_seed(self._seed, layer.path),
+                memory=self.memory,
                 progress=progress,
                 **self.settings,
             )

@@ -14,6 +14,7 @@ pub mod min_max;
 mod parallel;
 mod range;
 mod reduce;
+pub mod row_combinations;
 pub mod seq_mse;
 #[cfg(test)]
 mod tests;

@@ -141,11 +141,13 @@ pub unsafe fn row_sums<T: Element<C>, C: Compute>(
     partial.chunks(chunks).map(|c| c.iter().sum()).collect()
 }
 
-/// Directions that changes of the weights are projected on.
-pub const DIRECTIONS: usize = 16;
-/// Vectors of a row that all candidates are taken through before the next ones: with these vectors of the
-/// directions (16 KiB) they stay in the first cache.
-const VECTORS: usize = 16;
+/// Directions that changes of the weights are projected on: one to a lane.
+pub const DIRECTIONS: usize = LANES;
+/// Columns of a row that all candidates are taken through before the next ones: with these columns of the
+/// directions (4 KiB) and all candidates' changes they stay in the first cache.
+const COLUMNS: usize = 64;
+/// Candidates that share a load of the directions. As many sums as the narrower registers hold.
+const GROUP: usize = 5;
 
 /// Rows of weights, and the ranges to try on them.
 pub struct Candidates<'a> {
@@ -160,15 +162,16 @@ pub struct Candidates<'a> {
     pub directions: &'a [f32],
 }
 
-/// Sixteen columns.
-type Columns = [f32; LANES];
-
 /// What one row becomes: for each candidate the change's projections and, last, its squared length.
 struct Projections<'a> {
-    weight: &'a [Columns],
+    /// In vectors: columns that the row has not are zero, which is on every grid.
+    weight: &'a [[f32; LANES]],
     scale_offset: &'a [[f32; 2]],
     limits: Limits<f32>,
-    directions: &'a [[Columns; DIRECTIONS]],
+    /// Of each column.
+    directions: &'a [[f32; DIRECTIONS]],
+    /// For each candidate, and as many as a whole group has. Those beyond the candidates are zero.
+    changes: &'a mut [[f32; COLUMNS]],
     output: &'a mut [[f64; DIRECTIONS + 1]],
 }
 
@@ -178,41 +181,43 @@ impl Body for Projections<'_> {
     fn run<S: Simd>(self) {
         let limits = self.limits.splat::<S::F32>();
         let zeros = S::F32::splat(0.0);
-        let weights = self.weight.chunks(VECTORS);
-        for (weight, directions) in weights.zip(self.directions.chunks(VECTORS)) {
-            for (&[scale, offset], output) in self.scale_offset.iter().zip(&mut *self.output) {
+        let weights = self.weight.chunks(COLUMNS / LANES);
+        for (weight, directions) in weights.zip(self.directions.chunks(COLUMNS)) {
+            let rows = self.changes.iter_mut().zip(&mut *self.output);
+            for (&[scale, offset], (changes, output)) in self.scale_offset.iter().zip(rows) {
                 let encoding = [S::F32::splat(scale), S::F32::splat(offset)];
-                let mut sums = [zeros; DIRECTIONS];
                 let mut square = zeros;
-                for (&w, directions) in weight.iter().zip(directions) {
+                for (&w, place) in weight.iter().zip(changes.chunks_exact_mut(LANES)) {
                     let w = S::F32::from_array(w);
                     let change = QuantizeDequantize::value(w, encoding, &limits).sub(w);
                     square = square.add(change.mul(change));
-                    for (sum, &direction) in sums.iter_mut().zip(directions) {
-                        *sum = sum.add(change.mul(S::F32::from_array(direction)));
-                    }
-                }
-                for (total, sum) in output.iter_mut().zip(sums) {
-                    *total += sum.sum();
+                    place.copy_from_slice(&change.to_array());
                 }
                 output[DIRECTIONS] += square.sum();
+            }
+            let groups = self.changes.chunks_exact(GROUP);
+            for (changes, output) in groups.zip(self.output.chunks_mut(GROUP)) {
+                let mut sums = [zeros; GROUP];
+                for column in 0..directions.len().min(COLUMNS) {
+                    let along = S::F32::from_array(directions[column]);
+                    for (sum, changes) in sums.iter_mut().zip(changes) {
+                        *sum = sum.add(along.mul(S::F32::splat(changes[column])));
+                    }
+                }
+                for (output, sum) in output.iter_mut().zip(sums) {
+                    let sum = S::f32_to_f64(&sum.to_array());
+                    for (total, part) in output.iter_mut().zip(sum) {
+                        *total += part;
+                    }
+                }
             }
         }
     }
 }
 
-/// A row by vectors. Columns that it has not are zero, which is on every grid.
-fn vectors(row: &[f32]) -> impl Iterator<Item = Columns> + '_ {
-    row.chunks(LANES).map(|columns| {
-        let mut vector = [0.0; LANES];
-        vector[..columns.len()].copy_from_slice(columns);
-        vector
-    })
-}
-
 /// For every candidate and row, with `e` the change that quantizing makes to the row: `e`'s products with the
 /// directions, and last `|e|^2`; `[candidates][rows]`. Weights are read once; float32 products, their
-/// sums float64 from sixteen terms on.
+/// sums float64 from [`COLUMNS`] terms on.
 ///
 /// # Panics
 /// If the slices do not have as many elements as `rows` asks for.
@@ -233,10 +238,10 @@ pub fn project_changes(
     assert_eq!((scale.len(), offset.len()), (count * rows, count * rows));
     assert_eq!(directions.len(), DIRECTIONS * columns);
     let limits = Limits::new(grid);
-    let mut by_vector = vec![[[0.0; LANES]; DIRECTIONS]; columns.div_ceil(LANES)];
+    let mut by_column = vec![[0.0; DIRECTIONS]; columns];
     for (i, direction) in directions.chunks(columns.max(1)).enumerate() {
-        for (place, vector) in by_vector.iter_mut().zip(vectors(direction)) {
-            place[i] = vector;
+        for (column, &value) in by_column.iter_mut().zip(direction) {
+            column[i] = value;
         }
     }
     let mut projections = vec![vec![[0.0; DIRECTIONS + 1]; rows]; count];
@@ -248,16 +253,23 @@ pub fn project_changes(
     let grain = (super::parallel::GRAIN / (columns * count).max(1)).max(1);
     for_each_range(rows, grain, |range| {
         let mut found = vec![[0.0; DIRECTIONS + 1]; count];
+        let mut changes = vec![[0.0; COLUMNS]; count.next_multiple_of(GROUP)];
+        let mut vectors = vec![[0.0; LANES]; columns.div_ceil(LANES)];
         for row in range {
             found.fill([0.0; DIRECTIONS + 1]);
             let scale_offset: Vec<[f32; 2]> = (0..count)
                 .map(|i| [scale[i * rows + row], offset[i * rows + row]])
                 .collect();
+            let weight = weight[row * columns..(row + 1) * columns].chunks(LANES);
+            for (vector, weight) in vectors.iter_mut().zip(weight) {
+                vector[..weight.len()].copy_from_slice(weight);
+            }
             dispatch(Projections {
-                weight: &vectors(&weight[row * columns..(row + 1) * columns]).collect::<Vec<_>>(),
+                weight: &vectors,
                 scale_offset: &scale_offset,
                 limits,
-                directions: &by_vector,
+                directions: &by_column,
+                changes: &mut changes,
                 output: &mut found,
             });
             for (output, &values) in outputs.iter().zip(&found) {

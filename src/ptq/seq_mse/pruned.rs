@@ -4,10 +4,12 @@
 //! Candidates are then computed exactly in the order of what they promise, and no further once the bounds of
 //! the rest are above the least error found: the choice is that of computing all of them. Errors come
 //! from the layer's own forward pass with the weights' changes in place of its weights, or from the Gram matrix,
-//! whichever counts fewer operations for the candidates that are left.
+//! whichever counts fewer operations for the candidates that are left; of the matrix's [factor](super::factor), a part
+//! is enough to exclude many.
 
 use super::super::pieces::Pieces;
 use super::super::sketch::{dominant_directions, whitening};
+use super::factor::Factor;
 use super::{InputSymmetry, Loss, Losses, Method, Progress, Search, Sums};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::seq_mse::{project_changes, Candidates, DIRECTIONS};
@@ -21,10 +23,18 @@ const MARGIN: f64 = 1e-3;
 /// The sketch and products with it are float32 sums: what is lost of a product, as a share of the lengths of its factors.
 /// Matters where a change is almost at a right angle to all inputs, as when these are close to one another.
 const ROUNDING: f64 = 2e-5;
-/// Input rows that the directions of the sketch are found on.
+/// An error by the Gram matrix that is below this share of the change's energy times that of a column is computed by
+/// a forward pass: some 2e-6 of that energy was seen to be lost of a quadratic form, where its products cancel.
+const CANCELLED: f64 = 1e-2;
+/// Input rows that the directions of the sketch are found on, and elements of them, at most.
 const SAMPLE: i64 = 256;
-/// Samples they come from, at least.
+const SAMPLE_ELEMENTS: i64 = 1 << 19;
+/// Samples that a convolution's come from, at least.
 const SAMPLES: i64 = 4;
+/// A sketch with less than this share of the inputs' energy excludes about half of the candidates.
+const FEW_EXCLUDED: f64 = 0.5;
+/// Filters that a convolution computes at a time: up to a multiple, more come at no cost.
+const FILTERS: usize = 16;
 /// What it costs to copy an element of a convolution's input into its rows, in multiplications of a matrix product.
 const COPY: f64 = 128.0;
 
@@ -36,13 +46,20 @@ pub(super) fn applies(search: &Search<'_>) -> bool {
 }
 
 /// The loss of every candidate that can win, and of those that are chosen; infinite for the others. `None` if the
-/// inputs are not finite.
+/// inputs are not finite, or if it costs less to compute all.
 pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result<Option<Losses>> {
     let layer = OneBlock::new(search)?;
-    let Some(sketch) = layer.sketch()? else {
+    let sample = layer.sample()?;
+    let Some(basis) = dominant_directions(&sample)? else {
         return Ok(None);
     };
-    let bounds = layer.bounds(&sketch)?;
+    if layer.all_cost_less(&sample, &basis)? {
+        return Ok(None);
+    }
+    let Some(sketch) = layer.sketch(&sample, &basis)? else {
+        return Ok(None);
+    };
+    let mut bounds = layer.bounds(&sketch)?;
     let (errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
     let mut found = Found::new(&bounds);
     let shape = &search.problem.quantizer.shape;
@@ -55,20 +72,28 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
         found.losses.iter().map(tensor).collect()
     };
     loop {
-        let mut wanted = found.most_promising(&bounds);
+        let mut wanted = found.most_promising(&bounds, matches!(errors, Errors::Factor(..)));
+        let mut known = Some(found.best.clone());
         if wanted.is_empty() && search.config.shared_axis.is_some() {
             // The widest of the choices may be one that an encoding's own bound excludes.
             let best = search.best(&tensors(&found)?)?;
             let best = Vec::<i64>::try_from(best.f_reshape([-1])?)?;
             wanted = best.iter().map(|&i| i as usize).enumerate().collect();
             wanted.retain(|&(encoding, candidate)| found.losses[candidate][encoding].is_infinite());
+            known = None;
         }
         if wanted.is_empty() {
             break;
         }
         // At most as many rows as the weight has.
         for pairs in wanted.chunks(layer.num_encodings) {
-            found.enter(pairs, &layer.exact(pairs, &errors, &sketch.signal)?);
+            let results = layer.exact(pairs, &errors, &sketch.signal, known.as_deref())?;
+            for (&(encoding, candidate), result) in pairs.iter().zip(results) {
+                match result {
+                    Computed::Exact(loss) => found.enter(encoding, candidate, loss),
+                    Computed::AtLeast(bound) => bounds.lower[candidate][encoding] = bound,
+                }
+            }
             progress(search.ranges.len() as u32)?;
         }
     }
@@ -119,31 +144,48 @@ impl Found {
     }
 
     /// Pairs (encoding, candidate) to compute next: the most promising candidate of each encoding that has one left,
-    /// or, once few encodings have, all that are left.
-    fn most_promising(&self, bounds: &Bounds) -> Vec<(usize, usize)> {
+    /// or, once few encodings have, all that are left. `at_once`: also once each encoding has a loss.
+    fn most_promising(&self, bounds: &Bounds, at_once: bool) -> Vec<(usize, usize)> {
+        let promise = |encoding: usize, candidate: usize| bounds.estimates[candidate][encoding];
         let left = |encoding: usize| {
-            (0..self.losses.len()).filter(move |&candidate| {
+            let is_left = |&candidate: &usize| {
                 let order = bounds.lower[candidate][encoding].partial_cmp(&self.best[encoding]);
                 // Also where one of the two is NaN.
                 self.losses[candidate][encoding].is_infinite() && order != Some(Ordering::Greater)
-            })
+            };
+            let mut left: Vec<usize> = (0..self.losses.len()).filter(is_left).collect();
+            left.sort_by(|&a, &b| promise(encoding, a).total_cmp(&promise(encoding, b)));
+            (encoding, left)
         };
         let num_encodings = self.best.len();
-        let firsts: Vec<(usize, usize)> = (0..num_encodings)
-            .filter_map(|encoding| {
-                let promise = |&candidate: &usize| bounds.estimates[candidate][encoding];
-                left(encoding)
-                    .min_by(|a, b| promise(a).total_cmp(&promise(b)))
-                    .map(|candidate| (encoding, candidate))
+        let mut left: Vec<(usize, Vec<usize>)> = (0..num_encodings).map(left).collect();
+        left.retain(|(_, candidates)| !candidates.is_empty());
+        let at_once = at_once && self.best.iter().all(|best| best.is_finite());
+        if at_once || 4 * left.len() <= num_encodings {
+            let pairs = |(encoding, candidates): (usize, Vec<usize>)| {
+                candidates.into_iter().map(move |c| (encoding, c))
+            };
+            return left.into_iter().flat_map(pairs).collect();
+        }
+        let filled = left.len().next_multiple_of(FILTERS).min(num_encodings);
+        let mut seconds: Vec<(f64, (usize, usize))> = left
+            .iter()
+            .filter(|(_, candidates)| candidates.len() > 1)
+            .map(|(encoding, candidates)| {
+                let (first, second) = (candidates[0], candidates[1]);
+                let ratio = promise(*encoding, second) / promise(*encoding, first);
+                (ratio, (*encoding, second))
             })
             .collect();
-        if 4 * firsts.len() > num_encodings {
-            return firsts;
-        }
-        let encodings = firsts.iter().map(|&(encoding, _)| encoding);
-        encodings
-            .flat_map(|encoding| left(encoding).map(move |candidate| (encoding, candidate)))
-            .collect()
+        seconds.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let firsts = left
+            .iter()
+            .map(|(encoding, candidates)| (*encoding, candidates[0]));
+        let seconds = seconds
+            .into_iter()
+            .map(|(_, pair)| pair)
+            .take(filled - left.len());
+        firsts.chain(seconds).collect()
     }
 
     /// The sum of the last candidate's losses. One that was not computed is taken to differ from its estimate as the
@@ -176,11 +218,9 @@ impl Found {
         (0..self.best.len()).map(of).sum()
     }
 
-    fn enter(&mut self, pairs: &[(usize, usize)], losses: &[f64]) {
-        for (&(encoding, candidate), &loss) in pairs.iter().zip(losses) {
-            self.losses[candidate][encoding] = loss;
-            self.best[encoding] = self.best[encoding].min(loss);
-        }
+    fn enter(&mut self, encoding: usize, candidate: usize, loss: f64) {
+        self.losses[candidate][encoding] = loss;
+        self.best[encoding] = self.best[encoding].min(loss);
     }
 }
 
@@ -201,6 +241,15 @@ struct Sketch {
 enum Errors {
     ForwardPasses,
     Sums(Sums),
+    /// The Gram matrix has been factorized, and nothing is to be added to its quadratic form.
+    Factor(Sums, Factor),
+}
+
+/// A candidate's loss.
+enum Computed {
+    Exact(f64),
+    /// It was left when it was known to be more than another's.
+    AtLeast(f64),
 }
 
 struct OneBlock<'a> {
@@ -256,32 +305,59 @@ impl<'a> OneBlock<'a> {
         )?)
     }
 
-    /// Rows of a few samples, from all over the first piece.
+    /// Rows from all over the first piece; a convolution's are those of a few samples.
     fn sample(&self) -> Result<Tensor> {
         let weight = self.search.weight;
+        let columns = self.search.layout.columns;
+        let wanted = (SAMPLE_ELEMENTS / columns).clamp(4 * DIRECTIONS as i64, SAMPLE);
         let mut rows = None;
         self.pieces.for_each(|piece| {
             if rows.is_some() {
                 return Ok(());
             }
-            let samples = piece[0].size()[0];
-            let one = self.map.rows(&piece[0].f_narrow(0, 0, 1)?, weight)?;
-            let wanted = (SAMPLE / one.size()[1].max(1)).max(SAMPLES);
-            let few = piece[0].f_slice(0, None, None, (samples / wanted).max(1))?;
+            let few = match self.map {
+                LinearMap::Linear => piece[0].shallow_clone(),
+                LinearMap::Convolution { .. } => {
+                    let samples = piece[0].size()[0];
+                    let one = self.map.num_rows_of_input(&piece[0], weight) / samples.max(1);
+                    let few = (wanted / one.max(1)).max(SAMPLES);
+                    piece[0].f_slice(0, None, None, (samples / few).max(1))?
+                }
+            };
             let found = self.map.rows(&few, weight)?.f_squeeze_dim(0)?;
-            let step = (found.size()[0] / SAMPLE).max(1);
+            let step = (found.size()[0] / wanted).max(1);
             rows = Some(found.f_slice(0, None, None, step)?.f_contiguous()?);
             Ok(())
         })?;
         rows.ok_or_else(|| Error::value("inputs", "at least one batch", "none"))
     }
 
-    fn sketch(&self) -> Result<Option<Sketch>> {
+    /// Whether computing all candidates by the Gram matrix costs less than finding out which can be left: the sketch
+    /// alone takes more operations than the products that it could spare, and without these, few passes do not do.
+    fn all_cost_less(&self, sample: &Tensor, basis: &Tensor) -> Result<bool> {
+        let layout = self.search.layout;
+        let (rows, columns) = (self.search.num_rows()?, layout.columns as f64);
+        let products = self.ranges.len() as f64 * layout.out as f64;
+        if products * columns > 2.0 * DIRECTIONS as f64 * rows {
+            return Ok(false);
+        }
+        let share = square_sum(&sample.f_matmul(basis)?)? / square_sum(sample)?;
+        let left = 0.5 * products;
+        let by_gram = rows * (0.5 * columns + self.copy_cost()) + products * columns;
+        Ok(share < FEW_EXCLUDED && by_gram < left * rows)
+    }
+
+    /// What it costs to make an element of a row, see [`COPY`].
+    fn copy_cost(&self) -> f64 {
+        match self.map {
+            LinearMap::Linear => 0.0,
+            LinearMap::Convolution { .. } => COPY,
+        }
+    }
+
+    /// `basis` of the rows of `sample`, see [`dominant_directions`].
+    fn sketch(&self, sample: &Tensor, basis: &Tensor) -> Result<Option<Sketch>> {
         let search = self.search;
-        let sample = self.sample()?;
-        let Some(basis) = dominant_directions(&sample)? else {
-            return Ok(None);
-        };
         let (count, out) = (basis.size()[1], search.layout.out);
         let mut size = search.weight.size();
         size[self.out_axis as usize] = count;
@@ -324,9 +400,7 @@ impl<'a> OneBlock<'a> {
         };
         let image = self.map.matrix(&image)?.f_squeeze_dim(0)?;
         let directions = factor.f_transpose(0, 1)?.f_matmul(&image)?;
-        let square_sum =
-            |t: &Tensor| -> Result<f64> { Ok(f64::try_from((t * t).f_sum(Kind::Double)?)?) };
-        let of_sample = square_sum(&sample)? / sample.size()[0].max(1) as f64;
+        let of_sample = square_sum(sample)? / sample.size()[0].max(1) as f64;
         let rest = of_sample * num_rows as f64 - square_sum(&directions)?;
         let kind = compute_kind(search.weight);
         Ok(Some(Sketch {
@@ -458,25 +532,33 @@ impl<'a> OneBlock<'a> {
         let layout = self.search.layout;
         let (rows, columns) = (sketch.num_rows as f64, layout.columns as f64);
         let products = survivors * layout.out as f64;
-        let copy = match self.map {
-            LinearMap::Linear => 0.0,
-            LinearMap::Convolution { .. } => COPY,
+        let by_gram = rows * (0.5 * columns + self.copy_cost()) + products * columns;
+        if by_gram >= products * rows {
+            return Ok((Errors::ForwardPasses, Method::Rows));
+        }
+        let sums = self.search.sums(progress)?;
+        // To factorize takes the operations of as many products as there are columns, about.
+        let is_worthwhile = Factor::is_worthwhile(layout.columns) && products > 2.0 * columns;
+        let factor = match sums.double_cross {
+            None if is_worthwhile => Factor::new(&sums.gram.f_squeeze_dim(0)?)?,
+            _ => None,
         };
-        let by_gram = rows * columns * (0.5 * columns + copy) + products * columns * columns;
-        Ok(if by_gram < products * rows * columns {
-            (Errors::Sums(self.search.sums(progress)?), Method::Gram)
-        } else {
-            (Errors::ForwardPasses, Method::Rows)
-        })
+        let errors = match factor {
+            Some(factor) => Errors::Factor(sums, factor),
+            None => Errors::Sums(sums),
+        };
+        Ok((errors, Method::Gram))
     }
 
-    /// Losses of pairs (encoding, candidate).
+    /// Losses of pairs (encoding, candidate). Given the least `known` of each encoding, those that are more need not be
+    /// computed to the end.
     fn exact(
         &self,
         pairs: &[(usize, usize)],
         errors: &Errors,
         signal: &Tensor,
-    ) -> Result<Vec<f64>> {
+        known: Option<&[f64]>,
+    ) -> Result<Vec<Computed>> {
         let weight = self.search.weight;
         let channels = self.search.layout.out as usize / self.num_encodings;
         let (mut places, mut low, mut high) = (vec![], vec![], vec![]);
@@ -507,19 +589,98 @@ impl<'a> OneBlock<'a> {
         )?;
         let mut change = quantize_dequantize(&rows, &scale, &offset, &quantizer.grid, None)?;
         let _ = change.f_sub_(&rows)?;
+        let signal = signal.f_index_select(0, &places)?;
+        let mut bounds = vec![None; pairs.len()];
         let found = match errors {
             Errors::ForwardPasses => self.by_forward_passes(&change, &places)?,
             Errors::Sums(sums) => {
-                let change = self.map.matrix(&change)?.f_squeeze_dim(0)?;
-                let mut product = change.f_matmul(&sums.gram.f_squeeze_dim(0)?)?;
+                let matrix = self.map.matrix(&change)?.f_squeeze_dim(0)?;
+                let mut product = matrix.f_matmul(&sums.gram.f_squeeze_dim(0)?)?;
                 if let Some(cross) = &sums.double_cross {
                     product -= cross.f_squeeze_dim(0)?.f_index_select(0, &places)?;
                 }
-                row_dot(&product, &change)?
-                    + sums.constant.f_reshape([-1])?.f_index_select(0, &places)?
+                let constant = sums.constant.f_reshape([-1])?.f_index_select(0, &places)?;
+                let found = row_dot(&product, &matrix)? + &constant;
+                self.without_cancelled(found, sums, &change, &places, &constant)?
+            }
+            Errors::Factor(sums, factor) => {
+                let matrix = self.map.matrix(&change)?.f_squeeze_dim(0)?;
+                let mut squares = factor.squares(&matrix, |rows, so_far| {
+                    let below =
+                        |least| self.still_below(pairs, least, &signal, rows, so_far, &mut bounds);
+                    known.map(below).transpose()
+                })?;
+                for (squares, bound) in squares.chunks_mut(channels).zip(&bounds) {
+                    if bound.is_some() {
+                        squares.fill(f64::INFINITY);
+                    }
+                }
+                let found = Tensor::f_from_slice(&squares)?.f_to_device(device)?;
+                let zeros = found.f_zeros_like()?;
+                self.without_cancelled(found, sums, &change, &places, &zeros)?
             }
         };
-        self.per_encoding(&found, &signal.f_index_select(0, &places)?)
+        let losses = self.per_encoding(&found, &signal)?;
+        Ok(losses
+            .into_iter()
+            .zip(bounds)
+            .map(|(loss, bound)| bound.map_or(Computed::Exact(loss), Computed::AtLeast))
+            .collect())
+    }
+
+    /// The places, among `rows` with the errors `so_far`, of those whose pairs may still have less than the `least` loss
+    /// of their encoding; the others' are entered into `bounds`.
+    fn still_below(
+        &self,
+        pairs: &[(usize, usize)],
+        least: &[f64],
+        signal: &Tensor,
+        rows: &[usize],
+        so_far: &[f64],
+        bounds: &mut [Option<f64>],
+    ) -> Result<Vec<usize>> {
+        let channels = self.search.layout.out as usize / self.num_encodings;
+        let errors: Vec<f64> = so_far.iter().map(|error| error * (1.0 - MARGIN)).collect();
+        let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let device = signal.device();
+        let signal =
+            signal.f_index_select(0, &Tensor::f_from_slice(&index)?.f_to_device(device)?)?;
+        let errors = Tensor::f_from_slice(&errors)?.f_to_device(device)?;
+        let losses = self.per_encoding(&errors, &signal)?;
+        let mut places = vec![];
+        for (i, (rows, loss)) in rows.chunks(channels).zip(losses).enumerate() {
+            let pair = rows[0] / channels;
+            if loss > least[pairs[pair].0] {
+                bounds[pair] = Some(loss);
+            } else {
+                places.extend(i * channels..(i + 1) * channels);
+            }
+        }
+        Ok(places)
+    }
+
+    /// `found` by a quadratic form to which `constant` was added, with those computed anew of which cancelled products
+    /// may have left too few digits.
+    fn without_cancelled(
+        &self,
+        found: Tensor,
+        sums: &Sums,
+        change: &Tensor,
+        places: &Tensor,
+        constant: &Tensor,
+    ) -> Result<Tensor> {
+        let matrix = self.map.matrix(change)?.f_squeeze_dim(0)?;
+        let gram = sums.gram.f_squeeze_dim(0)?;
+        let of_column = gram.f_trace()?.f_to_kind(Kind::Double)? / gram.size()[0] as f64;
+        let energy = row_dot(&matrix, &matrix)? * of_column + constant;
+        let few = found.f_lt_tensor(&(energy * CANCELLED))?;
+        let few = few.f_nonzero()?.f_squeeze_dim(1)?;
+        if few.numel() == 0 {
+            return Ok(found);
+        }
+        let again = change.f_index_select(self.out_axis, &few)?;
+        let exact = self.by_forward_passes(&again, &places.f_index_select(0, &few)?)?;
+        Ok(found.f_index_copy(0, &few, &exact)?)
     }
 
     fn by_forward_passes(&self, change: &Tensor, places: &Tensor) -> Result<Tensor> {
@@ -535,6 +696,10 @@ impl<'a> OneBlock<'a> {
         })?;
         Ok(errors)
     }
+}
+
+fn square_sum(tensor: &Tensor) -> Result<f64> {
+    Ok(f64::try_from(tensor.f_square()?.f_sum(Kind::Double)?)?)
 }
 
 /// Outputs with the channels ahead of the places: `[out, n]` of a linear layer, `[samples, out, places]` of a convolution.

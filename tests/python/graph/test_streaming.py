@@ -127,9 +127,9 @@ def test_each_layer_runs_once() -> None:
     walk = StreamingWalk(model, None, [torch.randn(2, 2, 8, 8) for _ in range(5)])
     visits = [(v.path, v.float_outputs[4].shape[0], v.quant_inputs) for v in walk.visit(PATHS)]
     assert visits == [(path, 2, ()) for path in PATHS]
-    # Recorded, verified both ways, and then once for each batch. The verification's replay takes over what
-    # its model's own run made, but for the first layer's, which is written to afterwards.
-    assert counts == dict.fromkeys(PATHS, 2 + 5) | {"conv": 3 + 5}
+    # Recorded, verified, and then once for each batch. The verification's replay takes over what its
+    # model's own run made.
+    assert counts == dict.fromkeys(PATHS, 2 + 5)
     assert model.training and model.runs == 2
 
 
@@ -292,16 +292,17 @@ PROGRAM = Path(__file__).with_name("memory_of_a_walk.py")
 
 
 def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, PROGRAM, tmp_path], capture_output=True, text=True, check=True
-    )
+    # Without MKL's buffers, 6 MB that it takes and keeps for some alignments of a product's factors.
+    environment = {**os.environ, "MKL_DISABLE_FAST_MM": "1"}
+    command = [sys.executable, PROGRAM, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found = json.loads(done.stdout)
     assert found["streamed"] == {"float": True, "quant": True}
     assert found["data"] == 4 * found["budget"]
     assert found["peak_resident"] <= found["budget"]
     # A Linear's input and output, and the model's own result to compare with.
     assert found["working_set"] == 3 * found["batch"]
-    # Seen: 11.8 of 16 MB. Without a budget, both streams and the batches would take 3 x 64 MB.
+    # Seen: 13.3 of 16 MB. Without a budget, both streams and the batches would take 3 x 64 MB.
     assert found["above"] <= found["budget"]
     assert found["spilled"] > found["data"]
     assert not os.listdir(tmp_path)

@@ -45,6 +45,22 @@ WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear, square": (lambda: nn.Linear(256, 256), (64, 256)),
 }
 
+# Many channels and three taps: fewer operations by minimal filtering than by a convolution.
+FILTERED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "odd places": (lambda: nn.Conv2d(64, 64, 3, padding=1), (5, 64, 5, 6)),
+    "two places between zeros": (lambda: nn.Conv2d(64, 64, 3, padding=1), (9, 64, 2, 2)),
+    "filtered, reflect": (
+        lambda: nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"),
+        (3, 64, 4, 4),
+    ),
+    "filtered, 1d": (lambda: nn.Conv1d(96, 64, 3, bias=False), (9, 96, 10)),
+}
+
+# More weights than 32 samples have inputs: computed by rows.
+ONE_PLACE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "one place": (lambda: nn.Conv2d(64, 96, 3, stride=2), (5, 64, 4, 4)),
+}
+
 
 def axes(layer: nn.Module) -> tuple[int, int]:
     """Axes of output and input channels of a layer's weight."""
@@ -57,7 +73,7 @@ def quantized(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A quantized layer whose weight quantizer is calibrated, inputs, and noisy inputs."""
     torch.manual_seed(seed)
-    make, shape = (LAYERS | WIDE)[name]
+    make, shape = (LAYERS | WIDE | FILTERED | ONE_PLACE)[name]
     layer = make()
     qlayer = rimet.nn.QuantizationMixin.from_module(layer)
     out_axis, in_axis = axes(layer)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import rimet.nn
 import torch
 from rimet import _core
 from rimet._weight_layers import linear_map
+from rimet.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -54,7 +57,7 @@ def direct_losses(
     """Loss of every candidate and encoding: the layer run in float64 on one block of input channels
     at a time. Shape ``[candidates, *encodings]``."""
     quantizer = layer.param_quantizers["weight"]
-    original = layer.get_original_module().double()
+    original = copy.deepcopy(layer.get_original_module()).double()
     low, high = quantizer.get_min().clone(), quantizer.get_max().clone()
     weight = original.weight.detach()
     out_axis, in_axis = axes(layer)
@@ -178,20 +181,61 @@ def test_candidates_that_are_not_computed_could_not_win(seed: int) -> None:
             check_layer(layer, x[:rows], xq, inp_symmetry=inp_symmetry)
 
 
-@pytest.mark.parametrize("inp_symmetry", ["symqt", "asym"])
-def test_inputs_that_are_all_alike(inp_symmetry: str) -> None:
-    """A channel's loss is the square of one dot product, which is almost zero for a good candidate: bounds
-    lose digits there.
+@pytest.mark.parametrize("loss", ["mse", "sqnr"])
+@pytest.mark.parametrize("grid", ["per-channel", "per-tensor"])
+@pytest.mark.parametrize("tail", [1.0, 0.05])
+def test_candidates_left_halfway_could_not_win(tail: float, grid: str, loss: str) -> None:
+    """On inputs in all directions alike, and on those of which the last columns, with which quadratic forms of the
+    Gram matrix begin, say little.
     """
-    layer, x, xq = quantized("linear, square", "per-channel")
-    x, xq = (torch.rand(1, 256).expand(x.shape) + 1e-6 * t for t in (x, xq))
+    layer, _, _ = quantized("linear, square", grid)
+    x = torch.randn(800, 256) * torch.linspace(1, tail, 256)
+    assert check_layer(layer, x, x, loss=loss)["method"] == "gram"
+
+
+@pytest.mark.parametrize(("rows", "method"), [(64, "rows"), (1024, "gram")])
+@pytest.mark.parametrize("inp_symmetry", ["symqt", "asym"])
+def test_inputs_that_are_all_alike(inp_symmetry: str, rows: int, method: str) -> None:
+    """A channel's loss is the square of one dot product, which is almost zero for a good candidate: bounds
+    lose digits there, and so does the Gram matrix.
+    """
+    layer, _, _ = quantized("linear, square", "per-channel")
+    x, xq = (torch.rand(1, 256) + 1e-6 * torch.randn(rows, 256) for _ in range(2))
     with torch.no_grad():
         losses = direct_losses(layer, x, xq, inp_symmetry)
     result = search(layer, [x], [xq], inp_symmetry=inp_symmetry)
+    assert result["method"] == method
     chosen = losses.gather(0, (result["candidate"] - 1)[None])[0]
     # What float32 makes of a dot product of 256 terms: 1e-7 of the lengths, squared over all rows.
-    rounding = 64 * (1e-7 * x[0].norm() * layer.weight.detach().norm(dim=1, keepdim=True)) ** 2
+    rounding = rows * (1e-7 * x[0].norm() * layer.weight.detach().norm(dim=1, keepdim=True)) ** 2
     assert bool((chosen <= 1.001 * losses.min(0).values + rounding).all())
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4])
+def test_changes_at_a_right_angle_to_what_the_inputs_have_in_common(spread: float) -> None:
+    """Quadratic forms of the Gram matrix, which many rows are reduced to, lose their digits there."""
+    torch.manual_seed(0)
+    layer: Any = rimet.nn.QuantizedLinear(256, 200, bias=False)
+    quantizer = QuantizeDequantize([200, 1], 4, True)
+    layer.param_quantizers["weight"] = quantizer
+    layer.compute_param_encodings()
+    low, high = quantizer.get_min(), quantizer.get_max()
+    best = 10 + torch.arange(200)[:, None] % 3
+    with torch.no_grad():
+        _set(quantizer, low / CANDIDATES * best, high / CANDIDATES * best)
+        changes = (quantizer(layer.weight) - layer.weight).as_subclass(Tensor).double()
+        _set(quantizer, low, high)
+        directions = torch.linalg.qr(changes.T)[0]
+        common = torch.rand(256, dtype=torch.float64)
+        common -= directions @ (directions.T @ common)
+        x = (common + spread * torch.randn(1600, 256)).float()
+        losses = direct_losses(layer, x, x)
+    result = search(layer, [], [x])
+    assert result["method"] == "gram"
+    assert torch.equal(result["candidate"], best)
+    least = losses.gather(0, best[None] - 1)
+    # 5e-8 of the lengths is lost of a float32 dot product that is `spread` of them.
+    assert result["loss_after"] == pytest.approx(float(least.sum()), rel=1e-3)
 
 
 def test_inputs_that_are_not_finite_choose_as_all_candidates_do() -> None:
