@@ -41,9 +41,10 @@ impl Factor {
         let size = gram.size()[0];
         let mean = f64::try_from(gram.f_trace()?)? / size as f64;
         let added = mean * ROUNDING * (size as f64).sqrt();
-        let exact = gram.f_to_kind(Kind::Double)?;
-        let identity = Tensor::f_eye(size, (Kind::Double, gram.device()))?;
-        let (factor, info) = (exact + identity * added).f_linalg_cholesky_ex(true, false)?;
+        let exact = gram.f_to_dtype(Kind::Double, false, true)?;
+        let _ = exact.f_diagonal(0, 0, 1)?.f_add_scalar_(added)?;
+        let (factor, info) = exact.f_linalg_cholesky_ex(true, false)?;
+        drop(exact);
         if i64::try_from(info)? != 0 {
             return Ok(None);
         }

@@ -332,8 +332,9 @@ impl<'a> OneBlock<'a> {
         rows.ok_or_else(|| Error::value("inputs", "at least one batch", "none"))
     }
 
-    /// Whether computing all candidates by the Gram matrix costs less than finding out which can be left: the sketch
-    /// alone takes more operations than the products that it could spare, and without these, few passes do not do.
+    /// Whether computing all candidates by the Gram matrix costs less than finding out which can be left: where the
+    /// sketch takes more operations than all their products with that matrix, and would leave about half of them, too
+    /// many for forward passes.
     fn all_cost_less(&self, sample: &Tensor, basis: &Tensor) -> Result<bool> {
         let layout = self.search.layout;
         let (rows, columns) = (self.search.num_rows()?, layout.columns as f64);
