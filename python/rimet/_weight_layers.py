@@ -33,7 +33,7 @@ from rimet.ptq_results import (
     fingerprint,
 )
 from rimet.quantization.affine import AffineQuantizerBase
-from rimet.quantsim import QuantizationSimModel
+from rimet.quantsim import QuantizationSimModel, _placing
 
 logger = logging.getLogger(__name__)
 
@@ -253,8 +253,12 @@ def treat_weights(
         if not layer.quantizer.is_initialized():
             compute_param_encodings(layer.module)
     by_path = {layer.path: layer for layer in layers}
+    float_model = None
+    if needs_float_model:
+        original = QuantizationSimModel.get_original_model(sim.model)
+        float_model = _placing.take_apart(original, sim.model)
     walk = StreamingWalk(
-        QuantizationSimModel.get_original_model(sim.model) if needs_float_model else None,
+        float_model,
         sim.model,
         batches,
         forward_fn,

@@ -177,10 +177,12 @@ class Adaround:
             config_file=default_config_file,
         )
         for place, (_, bitwidth) in zip(override_paths, overrides, strict=True):
-            quantizers: Any = getattr(sim.model.get_submodule(place), "param_quantizers", {})
-            for quantizer in quantizers.values():
-                if quantizer is not None:
-                    quantizer.bitwidth = bitwidth
+            # Of multi-head attention, the projections have them.
+            for module in sim.model.get_submodule(place).modules():
+                quantizers: Any = getattr(module, "param_quantizers", {})
+                for quantizer in quantizers.values():
+                    if quantizer is not None:
+                        quantizer.bitwidth = bitwidth
         sim.exclude_layers_from_quantization([sim.model.get_submodule(p) for p in ignored])
         report = cls.round_simulation(sim, params)
         treated = {f"{layer.path}.weight" for layer in report.treated}

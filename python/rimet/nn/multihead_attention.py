@@ -30,6 +30,9 @@ _STEPS = (
     "cat_bias_v",
 )
 
+_MASK_STEPS = ("mask_add", "key_padding_mask_add")
+"""Steps that put on masks. A range that holds minus infinity has no steps left for the scores."""
+
 
 def _quant_init(self: Any) -> None:
     """No slots of its own: the steps of the computation become quantized modules."""
@@ -233,5 +236,6 @@ QuantizedMultiheadAttention = twin(
         "_load_from_state_dict": _load_from_state_dict,
         "forward": _forward,
         "get_original_module": _get_original_module,
+        "_mask_steps": _MASK_STEPS,
     },
 )

@@ -4,7 +4,8 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +59,14 @@ class Twins(NamedTuple):
     """Modules that shall stay as they are."""
     unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]]
     """Classes of modules without parts that have no twin: where the first of them stands."""
+    wholes: dict[str, nn.Module]
+    """Quantized modules whose steps are modules with quantizers of their own (multi-head attention): ``of`` has the
+    steps. They stand in the model while it is recorded, so that the graph has the steps, too."""
 
 
-def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
+def make_twins(
+    model: nn.Module, quantize_unknown: bool = False, masks_are_functions: bool = False
+) -> Twins:
     """Makes the quantized twin of every module that has one.
 
     The model is left as it is; twins share the parameters of their modules.
@@ -68,8 +74,10 @@ def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
     Args:
         model: the model.
         quantize_unknown: whether modules without parts whose class is unknown get a generic twin.
+        masks_are_functions: whether steps that put on masks are taken for the functions that they call,
+            which have no quantizers where they do.
     """
-    twins = Twins({}, {}, {})
+    twins = Twins({}, {}, {}, {})
     inside: set[int] = set()
     for path, module in model.named_modules():
         if id(module) in inside or isinstance(module, (*_CONTAINERS, torch.jit.ScriptModule)):
@@ -85,11 +93,34 @@ def make_twins(model: nn.Module, quantize_unknown: bool = False) -> Twins:
                 continue
             twin = generic_twin(module)
         if twin is not module:
-            twins.of[path] = twin
             inside.update(id(part) for part in module.modules())
+            steps = dict(steps_of(twin))
+            if not steps:
+                twins.of[path] = twin
+                continue
+            twins.wholes[path] = twin
+            masks: tuple[str, ...] = getattr(twin, "_mask_steps", ())
+            for name, step in steps.items():
+                if not (masks_are_functions and name in masks):
+                    twins.of[f"{path}.{name}" if path else name] = step
         elif is_leaf or type(module) in QuantizationMixin._ignored_module_types:
             twins.ignored[path] = module
     return twins
+
+
+def steps_of(twin: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The quantized modules that a quantized module consists of, by name; of most there are none."""
+    modules = twin.named_modules() if isinstance(twin, BaseQuantizationMixin) else ()
+    return [(name, m) for name, m in modules if name and isinstance(m, BaseQuantizationMixin)]
+
+
+def take_apart(model: nn.Module, simulated: nn.Module) -> nn.Module:
+    """Puts quantized modules without quantizers into a floating-point model wherever ``simulated`` has one that
+    consists of steps, so that both have the steps' paths; returns the model.
+    """
+    wholes = [path for path, module in simulated.named_modules() if steps_of(module)]
+    originals = [model.get_submodule(path) for path in wholes]
+    return replace_modules(model, {id(m): QuantizationMixin.from_module(m) for m in originals})
 
 
 def _runs(module: nn.Module) -> bool:
@@ -290,12 +321,36 @@ def make_functional(
 def reused_without_parameters(
     recording: Recording, twins: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """Modules with a twin but no parameters that ran several times, by path."""
+    """Modules with a twin but no parameters that ran several times, by path; the steps of a larger
+    twin stay what they are.
+    """
     return {
         module["path"]: recording.modules[module["path"]]
         for module in recording.graph.modules()
-        if module["path"] in twins and len(module["calls"]) > 1 and not module["params"]
+        if module["path"] in twins
+        and len(module["calls"]) > 1
+        and not module["params"]
+        and recording.modules[module["path"]] is not twins[module["path"]]
     }
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it is the quantized twin of."""
+    return QuantizationMixin.qcls_to_cls.get(type(module), type(module))
+
+
+@contextlib.contextmanager
+def put_wholes(model: nn.Module, twins: Twins) -> Iterator[nn.Module]:
+    """Puts the quantized modules of which the graph has the steps in their places; an error takes them
+    back. Gives the model, which may be such a module itself.
+    """
+    originals = {path: model.get_submodule(path) for path in twins.wholes}
+    changed = replace_modules(model, {id(originals[p]): twin for p, twin in twins.wholes.items()})
+    try:
+        yield changed
+    except BaseException:
+        replace_modules(changed, {id(twin): originals[p] for p, twin in twins.wholes.items()})
+        raise
 
 
 def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:

@@ -234,34 +234,37 @@ class QuantizationSimModel:
 
         if not in_place:
             model = copy.deepcopy(model)
-        twins = _placing.make_twins(model, quantize_unknown_modules)
+        twins = _placing.make_twins(
+            model, quantize_unknown_modules, masks_are_functions=quantize_functional_ops
+        )
         if quantize_functional_ops and is_generic(twins.of.get("", model)):
             del twins.of[""]  # a model is more than one operation, even if it has no parts
-        cause = None
-        if not problems:
-            try:
-                recording = self._record(model, args, kwargs, twins, quantize_functional_ops)
-            except _RecordingError as error:
-                problems, cause = [str(error)], error.__cause__
-        problem = _placing.problems_of(twins, problems)
-        if problem is not None:
-            raise problem from cause
-        if quantize_functional_ops:
-            # One module in several places would have one range for different tensors: its calls
-            # are taken for those of the functions that it calls, which have quantizers of their own.
-            reused = _placing.reused_without_parameters(recording, twins.of)
-            if reused:
-                for path in reused:
+        with _placing.put_wholes(model, twins) as model:
+            cause = None
+            if not problems:
+                try:
+                    recording = self._record(model, args, kwargs, twins, quantize_functional_ops)
+                except _RecordingError as error:
+                    problems, cause = [str(error)], error.__cause__
+            problem = _placing.problems_of(twins, problems)
+            if problem is not None:
+                raise problem from cause
+            if quantize_functional_ops:
+                # One module in several places would have one range for different tensors: its calls
+                # are taken for those of the functions that it calls, which have quantizers of their own.
+                reused = _placing.reused_without_parameters(recording, twins.of)
+                if reused:
+                    for path in reused:
+                        del twins.of[path]
+                    recording = self._record(model, args, kwargs, twins, True, reused.values())
+            for path in recording.hands_on:
+                if path in twins.of and is_generic(twins.of[path]):
                     del twins.of[path]
-                recording = self._record(model, args, kwargs, twins, True, reused.values())
-        for path in recording.hands_on:
-            if path in twins.of and is_generic(twins.of[path]):
-                del twins.of[path]
-        plan = recording.graph.place(
-            config, default_output_bw, default_param_bw, is_float, quantize_functional_ops
-        )
-        maker = _placing.QuantizerMaker(model, plan, scheme)
-        _placing.apply_plan(twins.of, plan, maker)
+            plan = recording.graph.place(
+                config, default_output_bw, default_param_bw, is_float, quantize_functional_ops
+            )
+            maker = _placing.QuantizerMaker(model, plan, scheme)
+            _placing.apply_plan(twins.of, plan, maker)
         # Nothing fails from here on, so that an error leaves the model as it was.
         functional_ops: list[str] = []
         if quantize_functional_ops:
@@ -358,7 +361,7 @@ class QuantizationSimModel:
         places = {kind: {p: at(p) for p in paths} for kind, paths in self._paths.items()}
         # Nothing fails from here on.
         restore(self.model)
-        twins = _placing.Twins(places["twins"], places["ignored"], {})
+        twins = _placing.Twins(places["twins"], places["ignored"], {}, {})
         recording = dataclasses.replace(
             self._recording, modules=places["modules"], scopes=places["scopes"]
         )
@@ -398,6 +401,7 @@ class QuantizationSimModel:
                 args,
                 kwargs,
                 twin_of=lambda path, module: described.get(path),
+                class_of=_placing.plain_class,
                 nodes=leaves,
                 transparent=transparent,
                 look_at_values=look_at_values,
