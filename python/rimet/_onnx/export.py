@@ -192,11 +192,17 @@ def _positional(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     """The positional ones of example inputs; the others are added to ``kwargs["kwargs"]``, where
     ``torch.onnx.export`` takes them.
     """
-    if isinstance(args, tuple) and not args:
-        return args
+    if isinstance(args, tuple):
+        if args and isinstance(args[-1], dict) and not args[-1]:
+            args = args[:-1]  # how torch.onnx.export is told that a dict in front is positional
+        if not args:
+            return args
     positional, keywords = bind_inputs(model, args)
+    keywords = {**keywords, **(kwargs.pop("kwargs", None) or {})}
     if keywords:
-        kwargs["kwargs"] = {**keywords, **(kwargs.get("kwargs") or {})}
+        kwargs["kwargs"] = keywords
+    elif isinstance(positional[-1], dict):
+        return *positional, {}  # or the exporters take it for keywords
     return positional
 
 

@@ -881,8 +881,10 @@ class QuantizationSimModel:
                 filename_prefix_encodings=filename_prefix_encodings,
             )
         if export_model:
-            with _files.atomic_path(Path(path) / f"{filename_prefix}.pth") as part:
-                torch.save(original, part)
+            pth = Path(path) / f"{filename_prefix}.pth"
+            # Given a path, torch would write the temporary file's name into the file.
+            with _files.atomic_path(pth) as part, open(part, "wb") as file:
+                torch.save(original, file)
 
     @classmethod
     def export_onnx_model_and_encodings(

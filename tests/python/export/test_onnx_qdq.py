@@ -541,6 +541,29 @@ def test_example_inputs_as_of_the_simulation(dynamo: bool) -> None:
         assert_equal(onnx.load_model_from_string(file.getvalue()), sim, x, scale)
 
 
+class OfBatches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.fc(batch["x"]) * batch["scale"]
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_dict_as_positional_input(dynamo: bool) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 4), "scale": torch.rand(8, 1)}
+    sim = QuantizationSimModel(OfBatches().eval(), batch)
+    sim.compute_encodings(lambda m: m(batch))
+    options: dict[str, Any] = {"verbose": False} if dynamo else {}
+    for inputs in (batch, (batch,), (batch, {})):
+        file = io.BytesIO()
+        rimet.onnx.export(sim, inputs, file, dynamo=dynamo, export_int32_bias=False, **options)
+        (got,) = run(onnx.load_model_from_string(file.getvalue()), *batch.values())
+        np.testing.assert_array_equal(got, sim.model(batch).detach().numpy())
+
+
 class Padded(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.relu()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import rimet.onnx
 import torch
 from rimet.common import quantsim
 from rimet.common.defs import QuantizationDataType
@@ -69,6 +70,37 @@ def test_files_of_export(tmp_path: Path) -> None:
     weight = next(i for i in proto.graph.initializer if i.name == "seq.0.weight")
     quantized = sim.model.seq[0].param_quantizers["weight"](sim.model.seq[0].weight)
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(weight).T, quantized.detach().numpy())
+
+
+def test_same_bytes_each_time(tmp_path: Path) -> None:
+    sim, x = blocks()
+    written = []
+    for _ in range(2):
+        sim.export(str(tmp_path), "m", x)
+        written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert written[0] == written[1]
+
+
+def test_failure_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are there stay as they are, and nothing is left beside them."""
+    sim, x = blocks()
+    before = {"m.onnx": "old model", "m.encodings": "old encodings", "m.onnx.data": "old data"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+
+    def fail(model: Any, path: Path, external_data: str | None) -> None:
+        path.write_text("half a")
+        if external_data is not None:
+            (path.parent / external_data).write_text("file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnx_ir.save", fail)
+    for external in (False, True):
+        with pytest.raises(OSError, match="No space left"):
+            sim.onnx.export(x, tmp_path / "m.onnx", dynamo=False, external_data=external)
+        with pytest.raises(OSError, match="No space left"):
+            rimet.onnx.export(sim, x, tmp_path / "m.onnx", dynamo=False, external_data=external)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 def test_parameters_as_they_are(tmp_path: Path) -> None:
