@@ -9,6 +9,7 @@ from torch import nn
 from rimet import quantsim as _quantsim
 from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.quantsim import (
+    QuantizationSimModelOnnxExporter,
     QuantParams,
     check_accumulator_overflow,
     compute_encodings_for_sims,
@@ -20,6 +21,7 @@ from rimet.quantsim import (
 __all__ = [
     "QuantParams",
     "QuantizationSimModel",
+    "QuantizationSimModelOnnxExporter",
     "check_accumulator_overflow",
     "compute_encodings_for_sims",
     "load_checkpoint",

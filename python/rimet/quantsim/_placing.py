@@ -110,7 +110,9 @@ def make_twins(
 
 def steps_of(twin: nn.Module) -> list[tuple[str, nn.Module]]:
     """The quantized modules that a quantized module consists of, by name; of most there are none."""
-    modules = twin.named_modules() if isinstance(twin, BaseQuantizationMixin) else ()
+    if not isinstance(twin, BaseQuantizationMixin):
+        return []
+    modules: Iterator[tuple[str, nn.Module]] = twin.named_modules()
     return [(name, m) for name, m in modules if name and isinstance(m, BaseQuantizationMixin)]
 
 

@@ -24,7 +24,7 @@ from rimet.common.quant_utils import get_conv_accum_bounds
 from rimet.common.quantsim_config.utils import resolve_config
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn import compute_encodings as observing
-from rimet.nn.functional_ops import restore
+from rimet.nn.functional_ops import make_opaque, restore
 from rimet.nn.generic import is_generic
 from rimet.quantization.base import QuantizerBase
 from rimet.quantsim import _files, _placing
@@ -519,9 +519,16 @@ class QuantizationSimModel:
             )
         parts = {id(part) for module in layers_to_exclude for part in module.modules()}
         replacements = {}
-        for path, qmodule in self.named_qmodules():
+        for path, qmodule in list(self.named_qmodules()):
             if id(qmodule) in parts:
-                replacements[id(qmodule)] = qmodule.get_original_module()
+                module: Any = qmodule
+                has_steps = bool(_placing.steps_of(module))
+                if has_steps:  # functions between them may have quantizers
+                    restore(module)
+                original = module.get_original_module()
+                if has_steps:  # nor are its functions those of the module around it
+                    make_opaque(original)
+                replacements[id(qmodule)] = original
                 self._excluded_layer_names.append(path)
         self.model = _placing.replace_modules(self.model, replacements)
 
