@@ -60,9 +60,9 @@ def export(
         ImportError: the packages of the extra ``rimet[onnx]`` are missing.
         RuntimeError: not a module; quantizers that are not calibrated, or that the opset cannot
             express (all are named); parameters that are not float32.
-        ValueError: another ``opset_version`` or ``force_activation_as``.
-        NotImplementedError: ``export_params=False``, ``keep_initializers_as_inputs=True``,
-            ``do_constant_folding=False`` or ``verify=True``.
+        ValueError: another ``opset_version`` or ``force_activation_as``; ``verify=True``.
+        NotImplementedError: ``export_params=False``, ``keep_initializers_as_inputs=True`` or
+            ``do_constant_folding=False``.
 
     ``model`` is unchanged, on an error too.
     """

@@ -234,10 +234,14 @@ def _check_arguments(
         ("export_params", True),
         ("keep_initializers_as_inputs", False),
         ("do_constant_folding", True),
-        ("verify", False),
     ):
         if kwargs.get(name, only) != only:
             raise NotImplementedError(f"{name}: models with quantizers support {only} only")
+    if kwargs.get("verify"):
+        raise ValueError(
+            "verify: expected False, got True: torch would run the graph before its quantizers are "
+            "QuantizeLinear and DequantizeLinear; compare the written file with the model in onnxruntime"
+        )
 
 
 def _check_quantizers(

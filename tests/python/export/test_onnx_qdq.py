@@ -389,7 +389,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"export_params": False}, NotImplementedError, "export_params"),
     ({"keep_initializers_as_inputs": True}, NotImplementedError, "keep_initializers_as_inputs"),
     ({"do_constant_folding": False}, NotImplementedError, "do_constant_folding"),
-    ({"verify": True}, NotImplementedError, "verify"),
+    ({"verify": True}, ValueError, "verify: expected False"),
 ]
 
 
