@@ -35,29 +35,42 @@ Model = Mapping[str, Any]
 
 
 def rows(size: Size) -> Iterator[Row]:
-    images: dict[str, Any] = {
-        "shape": [size.pick(16, 2), 3, 64, 64],
-        "num_batches": size.pick(4, 1),
-    }
     iterations, candidates = size.pick(100, 2), size.pick(20, 2)
     for folded in (False, True) if not size.toy else (True,):
-        model = {"name": "resnet18", "arguments": [folded], **images}
         label = "ResNet-18, batch norms folded" if folded else "ResNet-18"
-        yield adaround(label, model, iterations)
-        yield seq_mse(label, model, candidates)
+        for number, batch in splits(size, 64):
+            model = {
+                "name": "resnet18",
+                "arguments": [folded],
+                "shape": [batch, 3, 64, 64],
+                "num_batches": number,
+            }
+            data = f"{number} x {batch} images"
+            yield adaround(f"{label}, {data}", model, iterations)
+            yield seq_mse(f"{label}, {data}", model, candidates)
     # BERT's widths; one layer, since AIMET takes minutes for each.
     width = size.pick(768, 64)
-    encoder = {
-        "name": "encoder",
-        "arguments": [1, width],
-        "shape": [size.pick(8, 2), size.pick(128, 4), width],
-        "num_batches": size.pick(2, 1),
-    }
-    yield seq_mse("encoder", encoder, candidates)
-    yield seq_mse("encoder, LPBQ", encoder, candidates, lpbq_block=size.pick(64, 16))
+    for number, batch in splits(size, 64):
+        encoder = {
+            "name": "encoder",
+            "arguments": [1, width],
+            "shape": [batch, size.pick(128, 4), width],
+            "num_batches": number,
+        }
+        data = f"{number} x {batch} sequences"
+        yield seq_mse(f"encoder, {data}", encoder, candidates)
+        block = size.pick(64, 16)
+        yield seq_mse(f"encoder, LPBQ, {data}", encoder, candidates, lpbq_block=block)
     for depth in (10, 20, 40, 80) if not size.toy else (2,):
         yield growth(depth, size)
     yield memory(size)
+
+
+def splits(size: Size, samples: int) -> list[tuple[int, int]]:
+    """Numbers and sizes of batches. AIMET runs each candidate of each layer batch by batch, so what it
+    takes depends on how the samples are split.
+    """
+    return [(samples, 1), (samples // 16, 16)] if not size.toy else [(1, 2)]
 
 
 def seq_mse(label: str, model: Model, candidates: int, lpbq_block: int | None = None) -> Row:

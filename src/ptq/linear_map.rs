@@ -244,28 +244,36 @@ impl LinearMap {
             let numel: i64 = size.iter().product();
             return numel / weight.size()[1].max(1);
         };
-        let kernel = &weight.size()[2..];
-        let dims = kernel.len();
-        let places: i64 = (0..dims)
+        let dims = c.stride.len();
+        let padded: Vec<i64> = (0..dims)
             .map(|d| {
                 // torch lists paddings from the last dimension on, two each.
-                let padded = pad.as_ref().map_or(0, |(sizes, _)| {
+                let added = pad.as_ref().map_or(0, |(sizes, _)| {
                     let at = 2 * (dims - 1 - d);
                     sizes.get(at..at + 2).map_or(0, |p| p.iter().sum())
                 });
-                let reach = c.dilation[d] * (kernel[d] - 1);
-                if c.transposed {
-                    (size[2 + d] - 1) * c.stride[d] - 2 * c.padding[d]
-                        + reach
-                        + c.output_padding[d]
-                        + 1
-                } else {
-                    let length = size[2 + d] + padded + 2 * c.padding[d];
-                    (length - reach - 1).div_euclid(c.stride[d]) + 1
-                }
+                size[2 + d] + added
             })
-            .product();
-        size[0] * places
+            .collect();
+        size[0] * self.output_places(&padded, weight).iter().product::<i64>()
+    }
+
+    /// Places of a convolution's output for those of a [padded](Self::padded) input; none for a linear layer.
+    pub fn output_places(&self, places: &[i64], weight: &Tensor) -> Vec<i64> {
+        let LinearMap::Convolution { convolution: c, .. } = self else {
+            return vec![];
+        };
+        let kernel = &weight.size()[2..];
+        let along = |(d, &length): (usize, &i64)| {
+            let reach = c.dilation[d] * (kernel[d] - 1);
+            let padding = 2 * c.padding[d];
+            if c.transposed {
+                (length - 1) * c.stride[d] - padding + reach + c.output_padding[d] + 1
+            } else {
+                (length + padding - reach - 1).div_euclid(c.stride[d]) + 1
+            }
+        };
+        places.iter().enumerate().map(along).collect()
     }
 
     /// Number of rows that one output tensor stands for.
@@ -340,6 +348,11 @@ mod tests {
             assert!(got.allclose(&expected, 1e-10, 1e-10, false), "{map:?}");
             assert_eq!(rows.size()[1], map.num_rows(&output));
             assert_eq!(rows.size()[1], map.num_rows_of_input(&input, &weight));
+            let padded = map.padded(&input).unwrap().size();
+            if matches!(map, LinearMap::Convolution { .. }) {
+                let places = map.output_places(&padded[2..], &weight);
+                assert_eq!(places, output.size()[2..]);
+            }
             let back = map.from_matrix(&matrix, &weight.size()).unwrap();
             assert_eq!(back, weight);
 

@@ -327,6 +327,31 @@ impl<'a> MatrixProducts<'a> {
         2.0 * products * tiles * depth * out + OPERATIONS_PER_ELEMENT * moved
     }
 
+    /// Multiply-adds of the outputs of `out` filters on the [inputs](Self::inputs) of so many samples, and what the
+    /// elements take that are moved meanwhile.
+    pub fn forward_operations(&self, samples: i64, out: f64) -> f64 {
+        let tiles = (samples * self.tiles()) as f64;
+        let (depth, products) = (self.depth() as f64, self.products() as f64);
+        let transformed = (products + self.outputs() as f64) * tiles * out;
+        let moved = products * depth * (tiles + 2.0 * out) + transformed;
+        products * tiles * depth * out + OPERATIONS_PER_ELEMENT * moved
+    }
+
+    /// What it takes to make the [inputs](Self::inputs) of so many samples, in multiply-adds. They are gathered from
+    /// all over the input, which takes several times what reading does.
+    pub fn preparing_operations(&self, samples: i64) -> f64 {
+        let elements = self.products() * samples * self.tiles() * self.depth();
+        4.0 * OPERATIONS_PER_ELEMENT * elements as f64
+    }
+
+    /// Elements held while the outputs of `out` filters on so many samples are computed: the
+    /// [inputs](Self::inputs), and what is made of them.
+    pub fn forward_elements(&self, samples: i64, out: i64) -> i64 {
+        let tiles = samples * self.tiles();
+        let (products, depth) = (self.products(), self.depth());
+        products * (tiles * depth + out * (tiles + depth)) + self.outputs() * tiles * out
+    }
+
     /// Elements held while steps of some samples are computed: inputs and targets of all `samples`, and what a
     /// step, or the preparation of a batch, makes of `at_once` of them.
     pub fn elements(&self, samples: i64, at_once: i64) -> i64 {
@@ -396,29 +421,70 @@ impl<'a> MatrixProducts<'a> {
         Ok(taps_first(&tiles, dims)?.f_reshape([self.outputs(), samples, -1])?)
     }
 
-    /// The weight's matrices, `[products, out, K]`, of a weight in its [order](Self::weight_order).
+    /// The weight's matrices, `[products, out, K]`, of a weight in its [order](Self::weight_order). It may have any
+    /// number of output channels.
     pub fn kernels(&self, weight: &Tensor, reused: &mut Reused) -> Result<Tensor> {
         let Some(filtering) = &self.filtering else {
             return self.map.matrix(weight);
         };
         let taps = weight.f_reshape([filtering.kernel.columns() as i64, -1])?;
-        let size = [self.products(), self.out_channels(), self.depth()];
+        let out = taps.size()[1] / self.depth();
+        let size = [self.products(), out, self.depth()];
         let kernels = reused.take(&size, weight)?;
         filtering.kernel.apply_into(&taps, &kernels)?;
         Ok(kernels)
     }
 
-    /// From the products `[products, samples * tiles, out]` to the output, `[outputs * samples * tiles, out]`.
+    /// From the products `[products, samples * tiles, out]` to the output, `[outputs * samples * tiles, out]`; or, of
+    /// products whose other two dimensions have changed places, `[outputs * out, samples * tiles]`.
     pub fn output(&self, products: &Tensor, reused: &mut Reused) -> Result<Tensor> {
-        let (size, out) = (products.size(), self.out_channels());
+        let size = products.size();
         Ok(match &self.filtering {
-            None => products.f_view([-1, out])?,
+            None => products.f_view([-1, size[2]])?,
             Some(filtering) => {
-                let output = reused.take(&[self.outputs() * size[1], out], products)?;
+                let output = reused.take(&[self.outputs() * size[1], size[2]], products)?;
                 filtering.output.apply_into(products, &output)?;
                 output
             }
         })
+    }
+
+    /// Overwrites with zeros what tiles have beyond the output's places, for the outputs of a tile in the first
+    /// dimensions and tiles in those from `tiles` on.
+    fn clear_beyond(&self, by_place: &Tensor, tiles: usize) -> Result<()> {
+        for d in (0..self.places.len()).filter(|&d| self.beyond(d) > 0) {
+            let (outputs, beyond) = (self.outputs_along(d), self.beyond(d));
+            let _ = by_place
+                .f_select((tiles + d) as i64, self.tiles_along(d) - 1)?
+                .f_narrow(d as i64, outputs - beyond, beyond)?
+                .f_zero_()?;
+        }
+        Ok(())
+    }
+
+    /// The output by channel, `[outputs, out, samples * tiles]` and zero beyond the places, of kernels
+    /// `[products, out, K]` on [inputs](Self::inputs) of so many samples.
+    pub fn output_by_channel(
+        &self,
+        kernels: &Tensor,
+        inputs: &Tensor,
+        reused: &mut [Reused; 2],
+    ) -> Result<Tensor> {
+        let (count, samples, out) = (self.products(), inputs.size()[1], kernels.size()[1]);
+        let rows = samples * self.tiles();
+        let inputs = inputs.f_view([count, rows, -1])?.f_transpose(1, 2)?;
+        let [of_products, of_output] = reused;
+        let products = of_products.take(&[count, out, rows], kernels)?;
+        let _ = kernels.f_bmm_out(&products, &inputs)?;
+        let output = self.output(&products, of_output)?;
+        let along = |of: &dyn Fn(&Self, usize) -> i64| -> Vec<i64> {
+            (0..self.places.len()).map(|d| of(self, d)).collect()
+        };
+        let mut size = along(&Self::outputs_along);
+        size.extend([out, samples]);
+        size.extend(along(&Self::tiles_along));
+        self.clear_beyond(&output.f_view(&size[..])?, self.places.len() + 2)?;
+        Ok(output.f_view([self.outputs(), out, rows])?)
     }
 
     /// The gradient with respect to the products, for that with respect to the [`output`](Self::output) of so
@@ -439,13 +505,7 @@ impl<'a> MatrixProducts<'a> {
         size.extend((0..dims).map(|d| self.tiles_along(d)));
         size.push(out);
         let by_place = grad.f_view(&size[..])?;
-        for d in (0..dims).filter(|&d| self.beyond(d) > 0) {
-            let (outputs, beyond) = (self.outputs_along(d), self.beyond(d));
-            let _ = by_place
-                .f_select((dims + 1 + d) as i64, self.tiles_along(d) - 1)?
-                .f_narrow(d as i64, outputs - beyond, beyond)?
-                .f_zero_()?;
-        }
+        self.clear_beyond(&by_place, dims + 1)?;
         let rows = samples * self.tiles();
         let products = reused.take(&[self.products(), rows, out], grad)?;
         let grad = grad.f_view([self.outputs(), -1])?;
@@ -475,20 +535,22 @@ impl<'a> MatrixProducts<'a> {
 pub struct Reused(Option<Tensor>);
 
 impl Reused {
-    /// A tensor of a size, and the type and device of another, with anything in it: the last one if it is like that.
+    /// A tensor of a size, and the type and device of another, with anything in it: the last one's memory if that
+    /// is enough.
     ///
     /// # Errors
     /// What torch refuses.
     pub fn take(&mut self, size: &[i64], like: &Tensor) -> Result<Tensor> {
         let options = (like.kind(), like.device());
-        let fits = |t: &&Tensor| t.size() == size && (t.kind(), t.device()) == options;
-        if let Some(tensor) = self.0.as_ref().filter(fits) {
-            return Ok(tensor.shallow_clone());
-        }
-        // The old memory goes before the new one comes.
-        self.0 = None;
-        let tensor = Tensor::f_empty(size, options)?;
-        Ok(self.0.insert(tensor).shallow_clone())
+        let len: i64 = size.iter().product();
+        let fits = |t: &&Tensor| t.numel() as i64 >= len && (t.kind(), t.device()) == options;
+        let memory = match self.0.take().filter(|t| fits(&t)) {
+            Some(memory) => memory,
+            // The old memory has gone before the new one comes.
+            None => Tensor::f_empty([len], options)?,
+        };
+        let memory = self.0.insert(memory);
+        Ok(memory.f_narrow(0, 0, len)?.f_view(size)?)
     }
 }
 

@@ -83,6 +83,11 @@ impl<'a> Pieces<'a> {
         Ok(all)
     }
 
+    /// All pieces, if they are held.
+    pub fn held(&self) -> Option<&[Vec<Tensor>]> {
+        self.held.as_deref()
+    }
+
     /// Calls `body` with each piece.
     ///
     /// # Errors

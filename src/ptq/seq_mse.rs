@@ -11,6 +11,7 @@
 //! bound and left out (see [`pruned`]).
 
 mod factor;
+mod forward;
 mod pruned;
 
 use super::linear_map::{compute_kind, LinearMap};

@@ -162,6 +162,7 @@ class Program:
         trusted: its result has equalled the model's own, see :func:`verify`.
         working_set: bytes that comparing the two took: the tensors live at once in the run of a batch,
             and the model's own result.
+        made_bytes: what all tensors together took that the recorded run made.
         outside: values in memory that the run did not make: parameters, buffers, constants, and
             views of them.
         mutable: values in memory that the run writes to after it was made.
@@ -179,6 +180,7 @@ class Program:
         self.signature = signature
         self.trusted = False
         self.working_set = 0
+        self.made_bytes = 0
         self.constants = constants
         self.result = result
         self.origins: list[tuple[str, int | None, str | None]] = plain.origins()

@@ -91,6 +91,8 @@ class _Recorder:
         self.memories: dict[int, _Memory] = {}
         self.extras: list[dict[str, Any]] = []
         self.constants: list[torch.Tensor] = []
+        self.made_bytes = 0
+        """Of the storages that steps have made."""
         self.scopes: list[str] = [""]
         self.depth = 0
         """How many calls of leaves, or of the recorder's own, are running."""
@@ -183,9 +185,11 @@ class _Recorder:
             if memory is None:
                 # Two results may share memory that was new to both.
                 storage = storage_of(tensor)
-                memory = self.memories.setdefault(
-                    storage._cdata, _Memory(number, StorageWeakRef(storage))
-                )
+                memory = self.memories.get(storage._cdata)
+                if memory is None:
+                    memory = _Memory(number, StorageWeakRef(storage))
+                    self.memories[storage._cdata] = memory
+                    self.made_bytes += storage.nbytes()
             memory.values.setdefault(geometry_of(tensor), value)
         return [value for value, _ in bound]
 
@@ -405,4 +409,6 @@ def record_program(
         for handle in handles:
             handle.remove()
     plain = recorder.builder.finish(outputs)
-    return Program(plain, recorder.extras, recorder.constants, signature, structure), result
+    program = Program(plain, recorder.extras, recorder.constants, signature, structure)
+    program.made_bytes = recorder.made_bytes
+    return program, result

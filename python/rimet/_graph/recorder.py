@@ -326,13 +326,16 @@ def is_atomic(module: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode; each module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    # Runs follow one another, and setting the mode of a thousand modules takes as long as running some.
+    if any(training for _, training in modes):
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, training in modes:
+            if module.training != training:
+                module.training = training
 
 
 @contextlib.contextmanager

@@ -10,7 +10,10 @@
 use super::super::pieces::Pieces;
 use super::super::sketch::{dominant_directions, whitening};
 use super::factor::Factor;
-use super::{InputSymmetry, Loss, Losses, Method, Progress, Search, Sums};
+use super::forward::{channel_errors, outputs, ForwardPasses};
+use super::{
+    InputSymmetry, Loss, Losses, Method, Progress, Search, Sums, LEAST_MEMORY, MOST_MEMORY,
+};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::seq_mse::{project_changes, Candidates, DIRECTIONS};
 use crate::ops::{quantize_dequantize, range_to_scale_offset, reconstruction_error, row_dot};
@@ -60,7 +63,7 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
         return Ok(None);
     };
     let mut bounds = layer.bounds(&sketch)?;
-    let (errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
+    let (mut errors, method) = layer.errors(&sketch, bounds.mean_survivors(), progress)?;
     let mut found = Found::new(&bounds);
     let shape = &search.problem.quantizer.shape;
     let tensors = |found: &Found| -> Result<Vec<Tensor>> {
@@ -87,7 +90,7 @@ pub(super) fn losses(search: &Search<'_>, progress: &mut Progress<'_>) -> Result
         }
         // At most as many rows as the weight has.
         for pairs in wanted.chunks(layer.num_encodings) {
-            let results = layer.exact(pairs, &errors, &sketch.signal, known.as_deref())?;
+            let results = layer.exact(pairs, &mut errors, &sketch.signal, known.as_deref())?;
             for (&(encoding, candidate), result) in pairs.iter().zip(results) {
                 match result {
                     Computed::Exact(loss) => found.enter(encoding, candidate, loss),
@@ -238,8 +241,8 @@ struct Sketch {
 }
 
 /// Where exact errors come from.
-enum Errors {
-    ForwardPasses,
+enum Errors<'a> {
+    ForwardPasses(ForwardPasses<'a>),
     Sums(Sums),
     /// The Gram matrix has been factorized, and nothing is to be added to its quadratic form.
     Factor(Sums, Factor),
@@ -529,13 +532,14 @@ impl<'a> OneBlock<'a> {
         sketch: &Sketch,
         survivors: f64,
         progress: &mut Progress<'_>,
-    ) -> Result<(Errors, Method)> {
+    ) -> Result<(Errors<'_>, Method)> {
         let layout = self.search.layout;
         let (rows, columns) = (sketch.num_rows as f64, layout.columns as f64);
         let products = survivors * layout.out as f64;
         let by_gram = rows * (0.5 * columns + self.copy_cost()) + products * columns;
         if by_gram >= products * rows {
-            return Ok((Errors::ForwardPasses, Method::Rows));
+            let passes = self.forward_passes(products)?;
+            return Ok((Errors::ForwardPasses(passes), Method::Rows));
         }
         let sums = self.search.sums(progress)?;
         // To factorize takes the operations of as many products as there are columns, about.
@@ -556,7 +560,7 @@ impl<'a> OneBlock<'a> {
     fn exact(
         &self,
         pairs: &[(usize, usize)],
-        errors: &Errors,
+        errors: &mut Errors<'_>,
         signal: &Tensor,
         known: Option<&[f64]>,
     ) -> Result<Vec<Computed>> {
@@ -593,7 +597,7 @@ impl<'a> OneBlock<'a> {
         let signal = signal.f_index_select(0, &places)?;
         let mut bounds = vec![None; pairs.len()];
         let found = match errors {
-            Errors::ForwardPasses => self.by_forward_passes(&change, &places)?,
+            Errors::ForwardPasses(passes) => passes.errors(&change, &places)?,
             Errors::Sums(sums) => {
                 let matrix = self.map.matrix(&change)?.f_squeeze_dim(0)?;
                 let mut product = matrix.f_matmul(&sums.gram.f_squeeze_dim(0)?)?;
@@ -680,45 +684,26 @@ impl<'a> OneBlock<'a> {
             return Ok(found);
         }
         let again = change.f_index_select(self.out_axis, &few)?;
-        let exact = self.by_forward_passes(&again, &places.f_index_select(0, &few)?)?;
+        let channels = places.f_index_select(0, &few)?;
+        let exact = self
+            .forward_passes(few.numel() as f64)?
+            .errors(&again, &channels)?;
         Ok(found.f_index_copy(0, &few, &exact)?)
     }
 
-    fn by_forward_passes(&self, change: &Tensor, places: &Tensor) -> Result<Tensor> {
-        let mut errors = self.zeros(&places.size())?;
-        self.pieces.for_each(|piece| {
-            let target = match piece.get(1) {
-                Some(shift) => Some(shift.f_index_select(-2, places)?),
-                None => None,
-            };
-            let output = outputs(self.map, &piece[0], change)?;
-            let _ = errors.f_add_(&channel_errors(&output, target.as_ref())?)?;
-            Ok(())
-        })?;
-        Ok(errors)
+    /// For about so many rows of changes.
+    fn forward_passes(&self, num_rows: f64) -> Result<ForwardPasses<'_>> {
+        let problem = self.search.problem;
+        let weight = self.search.weight;
+        let held = self.pieces.held().into_iter().flatten().flatten();
+        let numel: usize = held.map(Tensor::numel).sum();
+        let held = (numel * weight.kind().elt_size_in_bytes()) as u64;
+        let bytes = problem.memory.clamp(LEAST_MEMORY, MOST_MEMORY);
+        let bytes = bytes.saturating_sub(held);
+        ForwardPasses::new(self.map, &self.pieces, weight, num_rows, bytes)
     }
 }
 
 fn square_sum(tensor: &Tensor) -> Result<f64> {
     Ok(f64::try_from(tensor.f_square()?.f_sum(Kind::Double)?)?)
-}
-
-/// Outputs with the channels ahead of the places: `[out, n]` of a linear layer, `[samples, out, places]` of a convolution.
-fn outputs(map: &LinearMap, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(match map {
-        LinearMap::Linear => {
-            let rows = input.f_reshape([-1, weight.size()[1]])?;
-            weight.f_matmul(&rows.f_transpose(0, 1)?)?
-        }
-        LinearMap::Convolution { .. } => map.forward(input, weight, None)?.f_flatten(2, -1)?,
-    })
-}
-
-/// Squared errors of each channel of [`outputs`]: float64, `[out]`.
-fn channel_errors(output: &Tensor, target: Option<&Tensor>) -> Result<Tensor> {
-    let errors = reconstruction_error(output, target, "mse")?;
-    Ok(match errors.dim() {
-        2 => errors.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Double)?,
-        _ => errors,
-    })
 }
