@@ -17,6 +17,7 @@
 //! their Gram matrix: the loss is then `tr(E G E^T) + 2 tr(E D^T) + const`, `E` being the weights' change,
 //! `G = x'^T x'` and `D = (W x' - W x)^T x'`.
 
+mod activation;
 mod minibatch;
 mod rounding;
 
@@ -28,66 +29,18 @@ use crate::error::{Error, Result};
 use crate::ops::{adaround_regularizer, AdaroundStep};
 use minibatch::Minibatch;
 use rounding::Rounding;
+use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
+
+pub use activation::Activation;
 
 /// Samples of one step.
 pub const BATCH_SIZE: usize = 32;
 /// How often the caller hears of progress, and an early stop is looked for, in steps.
 const REPORT_EVERY: u64 = 50;
-
-/// The activation function behind a layer, by the name it has in `torch.nn.functional`.
-#[derive(Debug)]
-pub enum Activation {
-    Relu,
-    /// `clamp(x, low, high)`: ReLU6, hardtanh.
-    Clamp(f64, f64),
-    LeakyRelu(f64),
-    /// With its weights.
-    Prelu(Tensor),
-    Elu(f64),
-    /// `none` or `tanh`.
-    Gelu(String),
-    Silu,
-    Mish,
-    Hardswish,
-    Hardsigmoid,
-    Sigmoid,
-    Tanh,
-    /// `beta`, `threshold`.
-    Softplus(f64, f64),
-}
-
-impl Activation {
-    /// `f(x)`; differentiable.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Activation::Relu => x.f_relu()?,
-            Activation::Clamp(low, high) => x.f_clamp(*low, *high)?,
-            Activation::LeakyRelu(slope) => {
-                // tch's leaky_relu has the default slope alone.
-                x.f_relu()? - x.f_neg()?.f_relu()? * *slope
-            }
-            Activation::Prelu(weight) => x.f_prelu(weight)?,
-            Activation::Elu(alpha) => {
-                let negative = x.f_clamp_max(0.0)?.f_expm1()? * *alpha;
-                x.f_relu()? + negative
-            }
-            Activation::Gelu(approximate) => x.f_gelu(approximate)?,
-            Activation::Silu => x.f_silu()?,
-            Activation::Mish => x.f_mish()?,
-            Activation::Hardswish => x.f_hardswish()?,
-            Activation::Hardsigmoid => x.f_hardsigmoid()?,
-            Activation::Sigmoid => x.f_sigmoid()?,
-            Activation::Tanh => x.f_tanh()?,
-            Activation::Softplus(beta, threshold) => {
-                let scaled = x * *beta;
-                let soft = scaled.f_clamp_max(*threshold)?.f_exp()?.f_log1p()? / *beta;
-                let linear = scaled.f_gt(*threshold)?;
-                x.f_where_self(&linear, &soft)?
-            }
-        })
-    }
-}
+/// After this time the caller hears of it in any case: only then can it end the work. A step on a large layer takes
+/// seconds.
+const LONGEST_SILENCE: Duration = Duration::from_millis(200);
 
 /// Settings of the optimization.
 #[derive(Clone, Debug, PartialEq)]
@@ -230,7 +183,8 @@ pub enum Method {
 pub struct Outcome {
     /// The weight on its grid.
     pub weight: Tensor,
-    /// Mean over rows of the squared error, summed over output channels, with nearest rounding.
+    /// Mean over rows of the squared error, summed over output channels, with nearest rounding. Where it is not
+    /// finite, nor is the data, and nearest rounding is kept without a step.
     pub loss_before: f64,
     /// The same with the rounding found.
     pub loss_after: f64,
@@ -275,34 +229,46 @@ pub fn adaround(
         bias: bias.as_ref(),
         kind,
     };
+    let mut pulse = Pulse::new(progress);
     let samples = layer.samples()?;
+    let nearest = layer.nearest()?;
+    let loss_before = layer.loss(&nearest, &mut pulse)?;
     let plan = layer.plan(&samples, config.num_iterations)?;
+    let method = plan.method();
+    if !loss_before.is_finite() {
+        return Ok(Outcome {
+            weight: nearest.f_to_kind(problem.weight.kind())?,
+            loss_before,
+            loss_after: loss_before,
+            method,
+            iterations: 0,
+            kept_nearest: true,
+        });
+    }
     let rounding = Rounding::new(&layer, plan.weight_order())?;
     let mut state = rounding.initial_state()?;
-    let nearest = rounding.in_place(&rounding.nearest()?)?;
-    let loss_before = layer.loss(&nearest)?;
 
-    let method = plan.method();
     let seed = config.seed;
     let minibatch = |minibatch| Gradient::Minibatch(Box::new(minibatch));
     let mut gradient = match plan {
-        Plan::Gram => Gradient::Gram(GramLoss::new(&layer)?),
+        Plan::Gram => Gradient::Gram(GramLoss::new(&layer, &mut pulse)?),
         Plan::Layer => minibatch(Minibatch::of_layer(samples, seed)),
-        Plan::Products(products) => {
-            minibatch(Minibatch::of_products(&layer, samples, products, seed)?)
-        }
+        Plan::Products(products) => minibatch(Minibatch::of_products(
+            &layer, samples, products, seed, &mut pulse,
+        )?),
     };
 
-    let mut taken = 0;
     for iteration in 0..config.num_iterations {
         if iteration % REPORT_EVERY == 0 {
-            progress(iteration)?;
+            pulse.report()?;
             if let Some(tolerance) = config.early_stop {
                 let undecided = f64::try_from(adaround_regularizer(&state.alpha, 2.0)?)?;
                 if undecided < tolerance * weight.numel() as f64 {
                     break;
                 }
             }
+        } else {
+            pulse.beat()?;
         }
         let grad = match &mut gradient {
             Gradient::Gram(loss) => loss.gradient(&layer, &state.output)?,
@@ -316,12 +282,12 @@ pub fn adaround(
             beta,
         };
         rounding.step(&mut state, &grad, settings)?;
-        taken = iteration + 1;
+        pulse.taken = iteration + 1;
     }
-    progress(taken)?;
+    pulse.report()?;
 
     let rounded = rounding.in_place(&rounding.rounded(&state.alpha, false)?)?;
-    let loss_after = layer.loss(&rounded)?;
+    let loss_after = layer.loss(&rounded, &mut pulse)?;
     let kept_nearest = loss_after.is_nan() || loss_after >= loss_before;
     let (chosen, loss_after) = if kept_nearest {
         (nearest, loss_before)
@@ -333,9 +299,41 @@ pub fn adaround(
         loss_before,
         loss_after,
         method,
-        iterations: taken,
+        iterations: pulse.taken,
         kept_nearest,
     })
+}
+
+/// Lets the caller hear of progress.
+struct Pulse<'a, 'b> {
+    progress: &'a mut Progress<'b>,
+    /// Steps taken.
+    taken: u64,
+    last: Instant,
+}
+
+impl<'a, 'b> Pulse<'a, 'b> {
+    fn new(progress: &'a mut Progress<'b>) -> Self {
+        Self {
+            progress,
+            taken: 0,
+            last: Instant::now(),
+        }
+    }
+
+    fn report(&mut self) -> Result<()> {
+        (self.progress)(self.taken)?;
+        self.last = Instant::now();
+        Ok(())
+    }
+
+    /// Reports if it is [time](LONGEST_SILENCE); for all that can take long.
+    fn beat(&mut self) -> Result<()> {
+        if self.last.elapsed() >= LONGEST_SILENCE {
+            self.report()?;
+        }
+        Ok(())
+    }
 }
 
 /// The problem in the type it is computed in.
@@ -393,6 +391,13 @@ impl Layer<'_> {
         }
     }
 
+    /// The weight with every element on its nearest level.
+    fn nearest(&self) -> Result<Tensor> {
+        let (scale, offset) = self.problem.scale_offset;
+        let (grid, block_size) = (&self.problem.grid, self.problem.block_size);
+        crate::ops::quantize_dequantize(self.weight, scale, offset, grid, block_size)
+    }
+
     fn samples(&self) -> Result<Vec<BatchShape>> {
         (0..self.problem.num_batches)
             .map(|batch| {
@@ -416,11 +421,20 @@ impl Layer<'_> {
     }
 
     /// Mean over all rows of the squared error, summed over output channels.
-    fn loss(&self, weight: &Tensor) -> Result<f64> {
+    fn loss(&self, weight: &Tensor, pulse: &mut Pulse<'_, '_>) -> Result<f64> {
         let (mut sum, mut rows) = (0.0, 0);
         for batch in 0..self.problem.num_batches {
-            let output = self.activated(&self.forward(&self.input(batch)?, weight)?)?;
-            let target = self.activated(&self.target(batch)?)?;
+            pulse.beat()?;
+            let output = self.forward(&self.input(batch)?, weight)?;
+            let target = self.target(batch)?;
+            if output.size() != target.size() {
+                return Err(Error::value(
+                    format!("outputs, batch {batch}"),
+                    format!("shape {:?}, as the layer gives", output.size()),
+                    format!("{:?}", target.size()),
+                ));
+            }
+            let (output, target) = (self.activated(&output)?, self.activated(&target)?);
             rows += self.problem.map.num_rows(&target);
             let size = output.size();
             let flat = [size[0].max(1), -1];
@@ -513,7 +527,7 @@ struct GramLoss {
 }
 
 impl GramLoss {
-    fn new(layer: &Layer<'_>) -> Result<Self> {
+    fn new(layer: &Layer<'_>, pulse: &mut Pulse<'_, '_>) -> Result<Self> {
         let map = layer.problem.map;
         let matrix = map.matrix(layer.weight)?;
         let size = matrix.size();
@@ -527,6 +541,7 @@ impl GramLoss {
             Ok(vec![map.rows(&input, layer.weight)?, residual])
         };
         for_each_piece(layer.problem.num_batches, load, |piece| {
+            pulse.beat()?;
             rows += piece[0].size()[1];
             gram.add(&piece[0])?;
             let product = piece[1].f_transpose(1, 2)?.f_matmul(&piece[0])?;

@@ -1,11 +1,11 @@
 //! The loss's gradient for samples that are drawn anew for each step.
 
-use super::{Activation, BatchShape, Layer, BATCH_SIZE};
+use super::{Activation, BatchShape, Layer, Pulse, BATCH_SIZE};
 use crate::error::Result;
 use crate::ops::reconstruction_gradient;
 use crate::ptq::matrix_products::{MatrixProducts, Reused};
 use crate::ptq::random::Random;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Kind, Tensor};
 
 /// Draws samples and computes their loss's gradient.
 pub(super) struct Minibatch<'a> {
@@ -73,9 +73,10 @@ impl<'a> Minibatch<'a> {
         batches: Vec<BatchShape>,
         products: MatrixProducts<'a>,
         seed: u64,
+        pulse: &mut Pulse<'_, '_>,
     ) -> Result<Self> {
         Ok(Self {
-            prepared: Prepared::new(layer, &batches, &products)?,
+            prepared: Prepared::new(layer, &batches, &products, pulse)?,
             sampler: Sampler::new(batches, seed),
             products: Some(products),
             memory: Memory::default(),
@@ -103,6 +104,7 @@ impl Prepared {
         layer: &Layer<'_>,
         batches: &[BatchShape],
         products: &MatrixProducts<'_>,
+        pulse: &mut Pulse<'_, '_>,
     ) -> Result<Option<Self>> {
         let samples: i64 = batches.iter().map(|b| b.samples as i64).sum();
         let largest = batches.iter().map(|b| b.samples as i64).max().unwrap_or(0);
@@ -115,6 +117,7 @@ impl Prepared {
         let mut begin = 0;
         let mut whole: Option<(Tensor, Tensor)> = None;
         for (index, batch) in batches.iter().enumerate() {
+            pulse.beat()?;
             let parts = (
                 products.inputs(&layer.input(index)?, layer.weight)?,
                 products.arranged_output(&layer.target(index)?)?,
@@ -223,10 +226,16 @@ fn drawn(
     // The batches themselves stay where they are.
     let mut size = inputs[0].size();
     size[0] = begin;
-    let input = memory.inputs.take(&size, &inputs[0])?;
+    let one_kind = inputs.iter().all(|batch| batch.kind() == inputs[0].kind());
+    let like = if one_kind { &inputs[0] } else { layer.weight };
+    let input = memory.inputs.take(&size, like)?;
     for (batch, part) in inputs.iter().zip(&parts) {
-        let place = input.f_narrow(0, part.begin, part.len)?;
-        let _ = batch.f_index_select_out(&place, 0, &part.samples)?;
+        let mut place = input.f_narrow(0, part.begin, part.len)?;
+        if one_kind {
+            let _ = batch.f_index_select_out(&place, 0, &part.samples)?;
+        } else {
+            place.f_copy_(&batch.f_index_select(0, &part.samples)?)?;
+        }
     }
     Ok((input, parts))
 }
@@ -286,15 +295,11 @@ impl Layer<'_> {
         let targets: Vec<Tensor> = parts.iter().map(Part::drawn).collect::<Result<_>>()?;
         let target = Tensor::f_cat(&targets, 0)?.f_to_kind(self.kind)?;
         let target = activation.apply(&target.f_reshape_as(output)?)?;
-        tch::with_grad(|| {
-            let output = output.f_detach()?.f_set_requires_grad(true)?;
-            let loss = activation
-                .apply(&output)?
-                .f_mse_loss(&target, Reduction::Sum)?
-                * (0.5 * factor);
-            let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
-            Ok(grads[0].f_contiguous()?)
-        })
+        let activated = activation.apply(output)?;
+        let grad = (&activated - target).f_mul_scalar(factor)?;
+        Ok(activation
+            .gradient(&grad, output, &activated)?
+            .f_contiguous()?)
     }
 
     /// The same without copies of the targets.
@@ -309,7 +314,7 @@ impl Layer<'_> {
         let by_sample = output.f_view([samples, -1])?;
         for part in parts {
             let mut place = by_sample.f_narrow(0, part.begin, part.len)?;
-            if part.target.kind() == self.kind {
+            if part.target.kind() == self.kind && part.target.is_contiguous() {
                 let target = part.target.f_flatten(1, -1)?;
                 reconstruction_gradient(&mut place, &target, Some(&part.samples), factor, relu)?;
             } else {
