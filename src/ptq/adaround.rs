@@ -216,6 +216,15 @@ pub fn adaround(
     if problem.num_batches == 0 {
         return Err(Error::value("inputs", "at least one batch", "none"));
     }
+    let (scale, offset) = problem.scale_offset;
+    let dims = problem.weight.dim();
+    if scale.dim() > dims || offset.dim() > dims {
+        return Err(Error::value(
+            "scale and offset",
+            format!("at most {dims} dimensions, as the weight"),
+            format!("shapes {:?} and {:?}", scale.size(), offset.size()),
+        ));
+    }
     let _guard = tch::no_grad_guard();
     let kind = compute_kind(problem.weight);
     let weight = problem.weight.f_detach()?.f_to_kind(kind)?.f_contiguous()?;
@@ -561,5 +570,50 @@ impl GramLoss {
         let mut grad = self.constant.f_baddbmm(&change, &self.gram, 1, 1)?;
         let _ = grad.f_mul_scalar_(self.factor)?;
         map.from_matrix(&grad, &layer.weight.size())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Loading a batch takes some time here, as running a large layer does.
+    #[test]
+    fn work_can_be_ended_while_steps_take_long() {
+        let options = (Kind::Float, Device::Cpu);
+        let (weight, input) = (
+            Tensor::randn([4, 6], options),
+            Tensor::randn([5, 6], options),
+        );
+        let target = input.linear(&weight, None::<Tensor>);
+        let slowly = |_| {
+            std::thread::sleep(LONGEST_SILENCE / 4);
+            Ok(input.shallow_clone())
+        };
+        let scale = Tensor::full([], 0.3, options);
+        let problem = Problem {
+            map: &LinearMap::Linear,
+            weight: &weight,
+            bias: None,
+            scale_offset: (&scale, &scale.zeros_like()),
+            grid: AffineGrid::new(-8, 7, 0.0).unwrap(),
+            block_size: None,
+            activation: Some(&Activation::Relu),
+            num_batches: 1,
+            input: &slowly,
+            target: &|_| Ok(target.shallow_clone()),
+            memory: u64::MAX,
+        };
+        let mut heard = vec![];
+        let outcome = adaround(&problem, &Config::default(), &mut |steps| {
+            heard.push(steps);
+            match steps {
+                0 => Ok(()),
+                _ => Err(Error::State("ended".to_owned())),
+            }
+        });
+        assert!(matches!(outcome, Err(Error::State(_))));
+        let last = heard.last().copied().unwrap();
+        assert!((1..REPORT_EVERY).contains(&last), "{heard:?}");
     }
 }

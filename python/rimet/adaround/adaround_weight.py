@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -293,7 +294,11 @@ class _AdaRound(WeightTechnique):
         # A spilled tensor is a mapped file: the list holds no memory of its own.
         targets = list(visit.float_outputs)
         inputs = list(visit.quant_inputs)
-        with self.steps(layer, self.settings["num_iterations"]) as progress:
+        with (
+            self.steps(layer, self.settings["num_iterations"]) as progress,
+            # The model may have run under autocast; the engine says itself what it computes in what type.
+            torch.autocast(layer.module.weight.device.type, enabled=False),
+        ):
             result = _core.adaround_layer(
                 linear_map(layer.module),
                 layer.module.weight,
@@ -311,7 +316,9 @@ class _AdaRound(WeightTechnique):
                 progress=progress,
                 **self.settings,
             )
-        if result["kept_nearest"]:
+        if not math.isfinite(result["loss_before"]):
+            note = "nearest rounding was kept: its inputs or outputs hold NaN or infinity"
+        elif result["kept_nearest"]:
             note = "nearest rounding was kept: the one found was no better"
         entry.done(
             {"weight": result["weight"]},
