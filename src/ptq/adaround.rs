@@ -41,6 +41,9 @@ const REPORT_EVERY: u64 = 50;
 /// After this time the caller hears of it in any case: only then can it end the work. A step on a large layer takes
 /// seconds.
 const LONGEST_SILENCE: Duration = Duration::from_millis(200);
+/// Elements of the rows that are cut out of inputs at a time, for a Gram matrix; a convolution's are many times as many
+/// as its input's.
+const ROWS_AT_ONCE: i64 = 1 << 24;
 
 /// Settings of the optimization.
 #[derive(Clone, Debug, PartialEq)]
@@ -260,7 +263,7 @@ pub fn adaround(
     let seed = config.seed;
     let minibatch = |minibatch| Gradient::Minibatch(Box::new(minibatch));
     let mut gradient = match plan {
-        Plan::Gram => Gradient::Gram(GramLoss::new(&layer, &mut pulse)?),
+        Plan::Gram => Gradient::Gram(GramLoss::new(&layer, &samples, &mut pulse)?),
         Plan::Layer => minibatch(Minibatch::of_layer(samples, seed)),
         Plan::Products(products) => minibatch(Minibatch::of_products(
             &layer, samples, products, seed, &mut pulse,
@@ -536,20 +539,32 @@ struct GramLoss {
 }
 
 impl GramLoss {
-    fn new(layer: &Layer<'_>, pulse: &mut Pulse<'_, '_>) -> Result<Self> {
+    fn new(layer: &Layer<'_>, batches: &[BatchShape], pulse: &mut Pulse<'_, '_>) -> Result<Self> {
         let map = layer.problem.map;
         let matrix = map.matrix(layer.weight)?;
         let size = matrix.size();
         let mut gram = Gram::new(size[0], size[2], layer.weight)?;
         let mut constant = Tensor::f_zeros(&size, (Kind::Double, layer.weight.device()))?;
         let mut rows = 0;
-        let load = |batch: usize| {
-            let input = layer.input(batch)?;
+        // Batch, first sample, number of samples.
+        let mut parts: Vec<(usize, i64, i64)> = vec![];
+        for (index, batch) in batches.iter().enumerate() {
+            let samples = batch.samples as i64;
+            let of_sample = batch.rows / samples * size[0] * size[2];
+            let at_once = (ROWS_AT_ONCE / of_sample.max(1)).max(1);
+            let begins = (0..samples).step_by(at_once as usize);
+            parts.extend(begins.map(|begin| (index, begin, at_once.min(samples - begin))));
+        }
+        let load = |part: usize| {
+            let (batch, begin, samples) = parts[part];
+            let input = layer.raw_input(batch)?.f_narrow(0, begin, samples)?;
+            let target = layer.raw_target(batch)?.f_narrow(0, begin, samples)?;
+            let input = layer.padded(&input)?;
             let output = layer.forward(&input, layer.weight)?;
-            let residual = map.output_rows(&(output - layer.target(batch)?))?;
+            let residual = map.output_rows(&(output - target.f_to_kind(layer.kind)?))?;
             Ok(vec![map.rows(&input, layer.weight)?, residual])
         };
-        for_each_piece(layer.problem.num_batches, load, |piece| {
+        for_each_piece(parts.len(), load, |piece| {
             pulse.beat()?;
             rows += piece[0].size()[1];
             gram.add(&piece[0])?;

@@ -98,9 +98,10 @@ class AdaroundParameters:
         self.results_dir = results_dir
         self.memory_budget = memory_budget
         self.progress = progress
+        self._settings(())
 
     def _settings(self, bitwidths: Iterable[int]) -> dict[str, Any]:
-        """What the engine takes, with the defaults filled in."""
+        """What the engine takes, with the defaults filled in; checked."""
         iterations = self.num_iterations
         if iterations is None:
             narrow = any(bitwidth < 8 for bitwidth in bitwidths)
@@ -108,14 +109,17 @@ class AdaroundParameters:
         learning_rate = self.learning_rate
         if learning_rate is None:
             learning_rate = _core.adaround_learning_rate(iterations)
-        return {
+        start, end = self.beta_range
+        settings = {
             "num_iterations": iterations,
             "reg_param": float(self.reg_param),
-            "beta_range": (float(self.beta_range[0]), float(self.beta_range[1])),
+            "beta_range": (float(start), float(end)),
             "warm_start": float(self.warm_start),
             "learning_rate": float(learning_rate),
             "early_stop": self.early_stop,
         }
+        _core.check_adaround_settings(**settings)
+        return settings
 
 
 class Adaround:

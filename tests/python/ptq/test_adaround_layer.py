@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import rimet.nn
 import torch
 from rimet import _core
 from rimet._weight_layers import linear_map
+from rimet.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -231,6 +233,18 @@ def test_both_methods_are_taken_and_agree_with_the_reference() -> None:
     assert check(*quantized("conv2d with few places", "per-channel"))["method"] == "minibatch, rows"
 
 
+def test_large_batches_are_taken_in_parts() -> None:
+    layer = rimet.nn.QuantizationMixin.from_module(nn.Conv2d(64, 8, 3))
+    layer.param_quantizers["weight"] = QuantizeDequantize([8, 1, 1, 1], 4, True)
+    layer.compute_param_encodings()
+    # 19 million elements of rows; parts hold 16.8 million at most.
+    x = torch.randn(8, 64, 66, 66)
+    target = layer.get_original_module()(x).detach()
+    whole = run(layer, [x], [target], num_iterations=3)
+    samples = run(layer, list(x.split(1)), list(target.split(1)), num_iterations=3)
+    assert torch.equal(whole["weight"], samples["weight"]) and whole["method"] == "gram"
+
+
 def test_the_best_of_all_roundings_is_found() -> None:
     torch.manual_seed(4)
     layer, _, _ = quantized("linear", "per-channel", bitwidth=3)
@@ -416,7 +430,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
             run(layer, [x], [other], ("relu", [], None))
     quantizer = layer.param_quantizers["weight"]
     scale, offset = quantizer.get_scale(), quantizer.get_offset()
-    for shape, block in (((1, 64, 1, 1, 1), None), ((7, 1, 1, 1), None), ((64, 1, 1, 1), [1, 1, 64, 3, 3])):
+    for shape, block in (
+        ((1, 64, 1, 1, 1), None),
+        ((7, 1, 1, 1), None),
+        ((64, 1, 1, 1), [1, 1, 64, 3, 3]),
+    ):
         with pytest.raises(ValueError, match="scale"):
             _core.adaround_layer(
                 linear_map(layer), layer.weight, layer.bias, [x], [target],
