@@ -110,7 +110,7 @@ class AdaroundParameters:
         if learning_rate is None:
             learning_rate = _core.adaround_learning_rate(iterations)
         start, end = self.beta_range
-        settings = {
+        settings: dict[str, Any] = {
             "num_iterations": iterations,
             "reg_param": float(self.reg_param),
             "beta_range": (float(start), float(end)),
