@@ -90,8 +90,9 @@ struct StepArgs {
   }
 };
 
-// Whether two dense tensors of one shape have their elements in one order. The stride of a dimension of one
-// element is anything: that of a depthwise convolution's weight differs between memory formats.
+// Whether two dense tensors of one shape have their elements in one order. The stride of a
+// dimension of one element is anything: that of a depthwise convolution's weight differs between
+// memory formats.
 bool same_order(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) {
