@@ -85,6 +85,10 @@ class AdaroundParameters:
         first_batches(data_loader, num_batches)  # checks the number
         if num_batches < 1:
             raise ValueError(f"num_batches: expected 1 or more, got {num_batches}")
+        if default_num_iterations is not None and default_num_iterations < 1:
+            raise ValueError(
+                f"default_num_iterations: expected 1 or more, got {default_num_iterations}"
+            )
         self.data_loader = data_loader
         self.num_batches = num_batches
         self.num_iterations = default_num_iterations
@@ -188,8 +192,8 @@ class Adaround:
                 for quantizer in quantizers.values():
                     if quantizer is not None:
                         quantizer.bitwidth = bitwidth
-        sim.exclude_layers_from_quantization([sim.model.get_submodule(p) for p in ignored])
-        report = cls.round_simulation(sim, params)
+        left_out = [sim.model.get_submodule(path) for path in ignored]
+        report = cls.round_simulation(sim, params, left_out)
         treated = {f"{layer.path}.weight" for layer in report.treated}
         _, encodings = _files.collect(sim.model)
         sections = _core.encodings_sections([], [e for e in encodings if e[0] in treated])
@@ -320,10 +324,11 @@ class _AdaRound(WeightTechnique):
                 progress=progress,
                 **self.settings,
             )
-        if not math.isfinite(result["loss_before"]):
-            note = "nearest rounding was kept: its inputs or outputs hold NaN or infinity"
-        elif result["kept_nearest"]:
-            note = "nearest rounding was kept: the one found was no better"
+        if result["kept_nearest"]:
+            finite = math.isfinite(result["loss_before"])
+            why = "the one found was no better" if finite else "its data holds NaN or infinity"
+            kept = f"nearest rounding was kept: {why}"
+            note = kept if note is None else f"{kept}; {note}"
         entry.done(
             {"weight": result["weight"]},
             loss_before=result["loss_before"],
