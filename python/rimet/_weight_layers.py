@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import StreamingWalk, Visit
 from rimet.nn import compute_param_encodings, reuse
 from rimet.ptq_results import (
+    FingerprintMismatchError,
     LayerEntry,
     LayerReport,
     LayerwiseReport,
@@ -98,6 +101,7 @@ class Layer:
             "shape": list(self.quantizer.shape),
             "block_size": self.block_size,
             "block_grouping": None if grouping is None else list(grouping),
+            "decompressed_bw": getattr(self.quantizer, "decompressed_bw", None),
         }
 
 
@@ -119,7 +123,7 @@ def weight_layers(
         if id(module) in chosen:
             reason = "excluded by the caller"
         elif not isinstance(module, SUPPORTED):
-            reason = f"a {type(module).__name__} is not linear in its weight"
+            reason = f"{type(module).__name__}: treated are Linear, Conv and ConvTranspose"
         elif quantizer is None:
             reason = "its weight is not quantized"
         elif not isinstance(quantizer, AffineQuantizerBase):
@@ -184,12 +188,17 @@ class WeightTechnique(abc.ABC):
         progress: whether to show progress bars.
         memory: bytes for a layer's inputs, and what is made of them, at a time; None: as the engine
             likes.
+        folder: of its own that it keeps results in, besides ``results_dir``; None: there is none.
+        made_from: what the results of this run depend on, see :func:`fingerprint`; empty if none
+            are kept.
     """
 
     name: str
     settings: dict[str, Any]
     progress: bool
     memory: int | None = None
+    folder: Path | None = None
+    made_from: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
     def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
@@ -202,6 +211,9 @@ class WeightTechnique(abc.ABC):
     @abc.abstractmethod
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
         """Sets tensors of a layer."""
+
+    def keep(self, layer: Layer, tensors: dict[str, Tensor]) -> None:  # noqa: B027  (optional)
+        """Writes a layer's tensors into :attr:`folder`."""
 
     @contextlib.contextmanager
     def steps(self, layer: Layer, total: int) -> Iterator[Callable[[int], None]]:
@@ -221,6 +233,7 @@ def treat_weights(
     seed: int = 0,
     memory_budget: int | None = None,
     results_dir: str | os.PathLike[str] | None = None,
+    recalibrate: bool = False,
 ) -> LayerwiseReport:
     """Treats the layers of a simulation in the order in which they run, each given those before it.
 
@@ -230,7 +243,7 @@ def treat_weights(
     Args:
         technique: what is done to each.
         sim: the simulation; its layers' weights are calibrated. On an error, Ctrl-C included, what
-            was done to it is taken back.
+            was done to it is taken back, calibration too.
         batches: calibration data, see :class:`StreamingWalk`.
         needs_float_model: whether the technique looks at the floating-point model's activations.
         excluded: modules of ``sim.model`` that are left out, with all inside them.
@@ -238,20 +251,19 @@ def treat_weights(
         seed: of the run.
         memory_budget: see :class:`StreamingWalk`.
         results_dir: folder that keeps the results of finished layers, see :class:`LayerwiseRun`.
+        recalibrate: whether all parameters are calibrated anew, also those with a range.
 
     Returns:
         What was done to each layer.
 
     Raises:
         ValueError: ``excluded`` holds modules that are not in ``sim.model``.
-        FingerprintMismatchError: ``results_dir`` holds the results of another run.
+        FingerprintMismatchError: ``results_dir``, or the technique's own folder, holds the results
+            of another run.
     """
     began = time.perf_counter()
     paths_of(sim.model, excluded, "modules_to_exclude")
     layers, skipped = weight_layers(sim, excluded)
-    for layer in layers:
-        if not layer.quantizer.is_initialized():
-            compute_param_encodings(layer.module)
     by_path = {layer.path: layer for layer in layers}
     float_model = None
     if needs_float_model:
@@ -268,20 +280,29 @@ def treat_weights(
     )
     technique.memory = walk.technique_bytes
     with contextlib.ExitStack() as undo:
+        undo.callback(_to_restore_ranges(sim))
+        if recalibrate:
+            compute_param_encodings(sim.model)
         for layer in layers:
+            if not layer.quantizer.is_initialized():
+                compute_param_encodings(layer.module)
             before = {name: t.detach().clone() for name, t in technique.tensors(layer).items()}
             undo.callback(technique.apply, layer, before)
         with only_weights_quantized(sim, layers):
-            made_from = None
-            if results_dir is not None:
+            if results_dir is not None or technique.folder is not None:
                 settings = {**technique.settings, "grids": {x.path: x.grid() for x in layers}}
-                made_from = fingerprint(sim.model, settings, seed, data_hash(walk.batches))
-            run = LayerwiseRun(technique.name, results_dir, made_from)
+                technique.made_from = fingerprint(
+                    sim.model, settings, seed, data_hash(walk.batches)
+                )
+            run = LayerwiseRun(technique.name, results_dir, technique.made_from)
             for visit in walk.visit(by_path):
                 layer = by_path[visit.path]
                 with run.layer(layer.path, type(layer.module).__name__) as entry:
                     if entry.stored is None:
-                        technique.treat(layer, visit, entry)
+                        with _naming(layer):
+                            technique.treat(layer, visit, entry)
+                    _check_inputs(layer, visit, entry, technique.folder or results_dir)
+                    technique.keep(layer, entry.tensors)
                 technique.apply(layer, entry.tensors)
                 walk.note(run.report[layer.path].losses())
         undo.pop_all()
@@ -294,6 +315,53 @@ def treat_weights(
     run.report.walk = asdict(walk.report)
     run.report.seconds = time.perf_counter() - began
     return run.report
+
+
+def _to_restore_ranges(sim: QuantizationSimModel) -> Callable[[], None]:
+    """What gives the parameter quantizers of a simulation the ranges back that they have now."""
+    states = [
+        (module, copy.deepcopy(module.param_quantizers.state_dict())) for module in sim.qmodules()
+    ]
+
+    def restore() -> None:
+        for module, state in states:
+            reuse.forget(module)
+            module.param_quantizers.load_state_dict(state)
+
+    return restore
+
+
+@contextlib.contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Puts the layer's path before what the engine says of its arguments."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise ValueError(f"{layer.path} ({type(layer.module).__name__}): {error}") from error
+
+
+def _check_inputs(
+    layer: Layer, visit: Visit, entry: LayerEntry, folder: str | os.PathLike[str] | None
+) -> None:
+    """Adds mean and root mean square of the layer's first input (the first sample of the first
+    batch) to its tensors; if an earlier run kept the layer's tensors, compares these numbers instead.
+
+    They depend on what no fingerprint holds: ``forward_fn``, and the code of the model.
+
+    Raises:
+        FingerprintMismatchError: they differ by more than rounding does.
+    """
+    inputs = visit.quant_inputs[0][:1]
+    size = torch.linalg.vector_norm(inputs, dtype=torch.float64) / max(inputs.numel(), 1) ** 0.5
+    seen = torch.stack([inputs.mean(dtype=torch.float64), size]).cpu()
+    kept = entry.tensors.setdefault("inputs", seen)
+    # Another machine or number of threads rounds differently, by far less than this.
+    if folder is not None and bool(((kept - seen).abs() > 1e-3 * seen[1]).any()):
+        raise FingerprintMismatchError(
+            Path(folder), ["forward_fn, or model that has the same weights"], f" at {layer.path}"
+        )
 
 
 @contextlib.contextmanager

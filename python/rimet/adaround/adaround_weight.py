@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -84,6 +85,10 @@ class AdaroundParameters:
         first_batches(data_loader, num_batches)  # checks the number
         if num_batches < 1:
             raise ValueError(f"num_batches: expected 1 or more, got {num_batches}")
+        if default_num_iterations is not None and default_num_iterations < 1:
+            raise ValueError(
+                f"default_num_iterations: expected 1 or more, got {default_num_iterations}"
+            )
         self.data_loader = data_loader
         self.num_batches = num_batches
         self.num_iterations = default_num_iterations
@@ -97,9 +102,10 @@ class AdaroundParameters:
         self.results_dir = results_dir
         self.memory_budget = memory_budget
         self.progress = progress
+        self._settings(())
 
     def _settings(self, bitwidths: Iterable[int]) -> dict[str, Any]:
-        """What the engine takes, with the defaults filled in."""
+        """What the engine takes, with the defaults filled in; checked."""
         iterations = self.num_iterations
         if iterations is None:
             narrow = any(bitwidth < 8 for bitwidth in bitwidths)
@@ -107,14 +113,17 @@ class AdaroundParameters:
         learning_rate = self.learning_rate
         if learning_rate is None:
             learning_rate = _core.adaround_learning_rate(iterations)
-        return {
+        start, end = self.beta_range
+        settings: dict[str, Any] = {
             "num_iterations": iterations,
             "reg_param": float(self.reg_param),
-            "beta_range": (float(self.beta_range[0]), float(self.beta_range[1])),
+            "beta_range": (float(start), float(end)),
             "warm_start": float(self.warm_start),
             "learning_rate": float(learning_rate),
             "early_stop": self.early_stop,
         }
+        _core.check_adaround_settings(**settings)
+        return settings
 
 
 class Adaround:
@@ -183,8 +192,8 @@ class Adaround:
                 for quantizer in quantizers.values():
                     if quantizer is not None:
                         quantizer.bitwidth = bitwidth
-        sim.exclude_layers_from_quantization([sim.model.get_submodule(p) for p in ignored])
-        report = cls.round_simulation(sim, params)
+        left_out = [sim.model.get_submodule(path) for path in ignored]
+        report = cls.round_simulation(sim, params, left_out)
         treated = {f"{layer.path}.weight" for layer in report.treated}
         _, encodings = _files.collect(sim.model)
         sections = _core.encodings_sections([], [e for e in encodings if e[0] in treated])
@@ -293,7 +302,11 @@ class _AdaRound(WeightTechnique):
         # A spilled tensor is a mapped file: the list holds no memory of its own.
         targets = list(visit.float_outputs)
         inputs = list(visit.quant_inputs)
-        with self.steps(layer, self.settings["num_iterations"]) as progress:
+        with (
+            self.steps(layer, self.settings["num_iterations"]) as progress,
+            # The model may have run under autocast; the engine says itself what it computes in what type.
+            torch.autocast(layer.module.weight.device.type, enabled=False),
+        ):
             result = _core.adaround_layer(
                 linear_map(layer.module),
                 layer.module.weight,
@@ -312,7 +325,10 @@ class _AdaRound(WeightTechnique):
                 **self.settings,
             )
         if result["kept_nearest"]:
-            note = "nearest rounding was kept: the one found was no better"
+            finite = math.isfinite(result["loss_before"])
+            why = "the one found was no better" if finite else "its data holds NaN or infinity"
+            kept = f"nearest rounding was kept: {why}"
+            note = kept if note is None else f"{kept}; {note}"
         entry.done(
             {"weight": result["weight"]},
             loss_before=result["loss_before"],

@@ -22,7 +22,7 @@ from rimet.quantsim.config_utils import (
     set_grouped_blockwise_quantization_for_weights,
 )
 from rimet.seq_mse import SeqMseParams, apply_seq_mse
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .models import batches, small, stop_after
@@ -189,6 +189,69 @@ def test_cache_dir_is_aimets(tmp_path: Path) -> None:
     assert same(ranges(first), ranges(second))
 
 
+def test_cache_dir_of_another_run_is_refused(tmp_path: Path) -> None:
+    apply_seq_mse(simulation(), batches(), cache_dir=tmp_path, progress=False)
+    (tmp_path / ".head.safetensors.abc.part").touch()  # a process was killed while it wrote this
+    for sim, changes, words in (
+        (simulation(), {"num_candidates": 5}, "another num_candidates;"),
+        (simulation(8), {}, "another grids, another weights;"),
+        (simulation(), {"data_loader": batches(seed=9)}, "another data;"),
+    ):
+        arguments: dict[str, Any] = {"data_loader": batches(), **changes}
+        with pytest.raises(FingerprintMismatchError, match=words):
+            apply_seq_mse(sim, cache_dir=tmp_path, progress=False, **arguments)
+        assert not ranges(sim)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_cache_dir_of_aimet_is_taken_with_a_warning_if_its_shapes_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = {"min": torch.full((5, 1), -0.5), "max": torch.full((5, 1), 0.4375)}
+    save_file(kept, tmp_path / "head.safetensors")
+    (tmp_path / "running_module_names.txt").write_text("head\n")
+    sim = simulation()
+    report = apply_seq_mse(sim, batches(), cache_dir=tmp_path, progress=False)
+    assert report["head"].status == "resumed" and report["stem"].status == "treated"
+    assert "head.safetensors does not say what it was made from" in caplog.text
+    assert torch.equal(sim.model.head.param_quantizers["weight"].min, kept["min"])
+    save_file({"min": torch.zeros(7, 1), "max": torch.ones(7, 1)}, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=r"head.safetensors: min: .*\(5, 1\).*\(7, 1\)"):
+        apply_seq_mse(simulation(), batches(), cache_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("folder", ["cache_dir", "results_dir"])
+def test_results_are_refused_if_forward_fn_or_the_models_code_is_another(
+    tmp_path: Path, folder: str
+) -> None:
+    def run(scale: float, activation: nn.Module) -> None:
+        sim = simulation()
+        sim.model.relu = activation
+        apply_seq_mse(
+            sim,
+            batches(),
+            forward_fn=lambda model, x: model(x * scale),
+            progress=False,
+            **{folder: tmp_path},  # type: ignore[arg-type]
+        )
+
+    run(1.0, nn.ReLU())
+    with pytest.raises(FingerprintMismatchError, match="another forward_fn, .* at stem;"):
+        run(2.0, nn.ReLU())
+    with pytest.raises(FingerprintMismatchError, match="or model .* at depthwise;"):
+        run(1.0, nn.Tanh())
+    run(1.0, nn.ReLU())
+
+
+def test_an_error_leaves_the_simulation_uncalibrated() -> None:
+    sim = simulation(grid="lpbq")
+    for changes in ({"memory_budget": -1}, {"data_loader": []}):
+        arguments: dict[str, Any] = {"data_loader": batches(), **changes}
+        with pytest.raises(ValueError):
+            apply_seq_mse(sim, progress=False, **arguments)
+        assert not ranges(sim)
+
+
 def test_an_interrupted_run_leaves_the_simulation_and_goes_on_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,10 +260,7 @@ def test_an_interrupted_run_leaves_the_simulation_and_goes_on_with_the_same_bits
     stop_after(monkeypatch, "seq_mse_layer", 3)
     with pytest.raises(KeyboardInterrupt):
         apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
-    fresh = simulation()
-    for layer in fresh.qmodules():
-        layer.compute_param_encodings()
-    assert same(ranges(sim), ranges(fresh))  # calibrated, not treated
+    assert not ranges(sim)  # not even calibrated, as before
     monkeypatch.undo()
     report = apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
     assert [report[name].status for name in TREATED] == ["resumed"] * 3 + ["treated"] * 2
