@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -214,9 +215,15 @@ class LayerwiseReport:
         return {x.path: x.reason or "" for x in self.layers if x.status == "skipped"}
 
     def to_json(self) -> str:
-        """The report as JSON, with the format's version."""
+        """The report as JSON, with the format's version; a loss that is not finite, which JSON cannot
+        say, is null.
+        """
         document = {"format": "rimet-layer-report", "version": VERSION, **dataclasses.asdict(self)}
-        return json.dumps(document, indent=1)
+        for layer in document["layers"]:
+            for name in ("loss_before", "loss_after"):
+                if layer[name] is not None and not math.isfinite(layer[name]):
+                    layer[name] = None
+        return json.dumps(document, indent=1, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to a file, whole or not at all."""

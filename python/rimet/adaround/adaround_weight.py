@@ -106,9 +106,10 @@ class AdaroundParameters:
         self.results_dir = results_dir
         self.memory_budget = memory_budget
         self.progress = progress
+        self._settings(())
 
     def _settings(self, bitwidths: Iterable[int]) -> dict[str, Any]:
-        """What the engine takes, with the defaults filled in."""
+        """What the engine takes, with the defaults filled in; checked."""
         iterations = self.num_iterations
         if iterations is None:
             narrow = any(bitwidth < 8 for bitwidth in bitwidths)
@@ -116,14 +117,17 @@ class AdaroundParameters:
         learning_rate = self.learning_rate
         if learning_rate is None:
             learning_rate = _core.adaround_learning_rate(iterations)
-        return {
+        start, end = self.beta_range
+        settings: dict[str, Any] = {
             "num_iterations": iterations,
             "reg_param": float(self.reg_param),
-            "beta_range": (float(self.beta_range[0]), float(self.beta_range[1])),
+            "beta_range": (float(start), float(end)),
             "warm_start": float(self.warm_start),
             "learning_rate": float(learning_rate),
             "early_stop": self.early_stop,
         }
+        _core.check_adaround_settings(**settings)
+        return settings
 
 
 class Adaround:
@@ -303,7 +307,11 @@ class _AdaRound(WeightTechnique):
         # A spilled tensor is a mapped file: the list holds no memory of its own.
         targets = list(visit.float_outputs)
         inputs = list(visit.quant_inputs)
-        with self.steps(layer, self.settings["num_iterations"]) as progress:
+        with (
+            self.steps(layer, self.settings["num_iterations"]) as progress,
+            # The model may have run under autocast; the engine says itself what it computes in what type.
+            torch.autocast(layer.module.weight.device.type, enabled=False),
+        ):
             result = _core.adaround_layer(
                 linear_map(layer.module),
                 layer.module.weight,

@@ -254,6 +254,31 @@ def test_a_memory_budget_of_nothing_changes_no_bit() -> None:
     assert same(*results)
 
 
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_inference_mode_and_autocast_around_it(context: Any) -> None:
+    sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
+    with context():
+        report = Adaround.round_simulation(sim, parameters())
+    assert [layer.path for layer in report.treated] == TREATED
+    assert all(layer.loss_after <= layer.loss_before for layer in report.treated)  # type: ignore[operator]
+
+
+def test_data_that_is_not_finite_is_reported() -> None:
+    data = batches()
+    data[1][0, 0, 0, 0] = torch.nan
+    sim = QuantizationSimModel(small(), data[0], default_param_bw=4)
+    report = Adaround.round_simulation(sim, parameters(data_loader=data))
+    assert "NaN" in str(report["stem"].note)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    layers = json.loads(report.to_json(), parse_constant=refuse)["layers"]
+    assert layers[0]["path"] == "stem" and layers[0]["loss_before"] is None
+
+
 def test_tied_weights_are_rounded_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
