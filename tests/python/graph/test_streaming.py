@@ -267,6 +267,28 @@ def test_a_run_that_exceeds_the_budget_leaves_nothing_of_it_to_activations() -> 
     assert walk.report.working_set_bytes > x + conv > 1 << 18
 
 
+def test_memory_is_kept_only_where_the_budget_holds_all_that_a_walk_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside the recordings, of which nobody knows ahead what they take, and loading the batches."""
+    apart: list[int] = []
+    keep = streaming.large_blocks_apart
+    monkeypatch.setattr(streaming, "large_blocks_apart", lambda: apart.append(1) or keep())
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    batches = [torch.randn(64, 256) for _ in range(8)]
+    bytes_made = (1 + len(model)) * len(batches) * batches[0].nbytes
+
+    def times(budget: int) -> int:
+        apart.clear()
+        walk = StreamingWalk(model, None, batches, memory_budget=budget)
+        list(walk.visit([name for name, _ in model.named_children()]))
+        return len(apart)
+
+    # The batches, the recording; the verification, the order of layers, and each of them.
+    assert times(2 * bytes_made + 1) == 2
+    assert times(2 * bytes_made) == 2 + 2 + len(model)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_activations_on_a_device(budget: int) -> None:
