@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rimet import _core
 from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import StreamingWalk, Visit
-from rimet.nn import compute_param_encodings, reuse
+from rimet.nn import BaseQuantizationMixin, compute_param_encodings, reuse
 from rimet.ptq_results import (
     FingerprintMismatchError,
     LayerEntry,
@@ -43,7 +43,10 @@ logger = logging.getLogger(__name__)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-"""Layers whose output is linear in their weight."""
+"""Kinds of layers that are treated: their output is linear in their weight."""
+
+NOT_FINITE = "its inputs or its weight hold infinities, NaN, or numbers near the largest"
+"""Why a layer's losses are no numbers."""
 
 
 def linear_map(module: nn.Module) -> _core.LinearMap:
@@ -108,22 +111,32 @@ class Layer:
 def weight_layers(
     sim: QuantizationSimModel, excluded: Iterable[nn.Module] = ()
 ) -> tuple[list[Layer], list[LayerReport]]:
-    """The layers of a simulation that can be treated, and why others with a weight cannot."""
+    """The layers of a simulation that can be treated, and why others with parameters that could be
+    quantized cannot.
+    """
     chosen = {id(module) for outer in excluded for module in outer.modules()}
     layers: list[Layer] = []
     skipped: list[LayerReport] = []
     owners: dict[int, str] = {}
+
+    def skip(path: str, module: object, reason: str | None) -> None:
+        skipped.append(LayerReport(path, type(module).__name__, "skipped", reason))
+        logger.info("%s is skipped: %s", path, reason)
+
     for path, module in sim.named_qmodules():
         quantizers: Any = module.param_quantizers
         weight = getattr(module, "weight", None)
+        other_kind = f"a {type(module).__name__} is no Linear, Conv or ConvTranspose"
         if not isinstance(weight, Tensor):
+            if any(isinstance(getattr(module, name, None), Tensor) for name in quantizers):
+                skip(path, module, other_kind)  # a recurrent layer
             continue
         quantizer = quantizers["weight"] if "weight" in quantizers else None
         reason = None
         if id(module) in chosen:
             reason = "excluded by the caller"
         elif not isinstance(module, SUPPORTED):
-            reason = f"{type(module).__name__}: treated are Linear, Conv and ConvTranspose"
+            reason = other_kind
         elif quantizer is None:
             reason = "its weight is not quantized"
         elif not isinstance(quantizer, AffineQuantizerBase):
@@ -136,8 +149,10 @@ def weight_layers(
             owners[id(weight)] = path
             layers.append(Layer(path, module, quantizer))
         else:
-            skipped.append(LayerReport(path, type(module).__name__, "skipped", reason))
-            logger.info("%s is skipped: %s", path, reason)
+            skip(path, module, reason)
+    for path, module in sim.model.named_modules():
+        if isinstance(module, SUPPORTED) and not isinstance(module, BaseQuantizationMixin):
+            skip(path, module, "it is not quantized")
     return layers, skipped
 
 
@@ -189,6 +204,7 @@ class WeightTechnique(abc.ABC):
         memory: bytes for a layer's inputs, and what is made of them, at a time; None: as the engine
             likes.
         folder: of its own that it keeps results in, besides ``results_dir``; None: there is none.
+        changes_weights: whether it changes the weights, and not only their ranges.
         made_from: what the results of this run depend on, see :func:`fingerprint`; empty if none
             are kept.
     """
@@ -198,15 +214,12 @@ class WeightTechnique(abc.ABC):
     progress: bool
     memory: int | None = None
     folder: Path | None = None
+    changes_weights: bool = False
     made_from: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
     def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
         """Finds the layer's new tensors; ends with ``entry.done``."""
-
-    @abc.abstractmethod
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """The layer's tensors that :meth:`apply` sets, as they are now."""
 
     @abc.abstractmethod
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
@@ -286,8 +299,8 @@ def treat_weights(
         for layer in layers:
             if not layer.quantizer.is_initialized():
                 compute_param_encodings(layer.module)
-            before = {name: t.detach().clone() for name, t in technique.tensors(layer).items()}
-            undo.callback(technique.apply, layer, before)
+            if technique.changes_weights:
+                undo.callback(set_weight, layer, layer.module.weight.detach().clone())
         with only_weights_quantized(sim, layers):
             if results_dir is not None or technique.folder is not None:
                 settings = {**technique.settings, "grids": {x.path: x.grid() for x in layers}}
@@ -297,13 +310,13 @@ def treat_weights(
             run = LayerwiseRun(technique.name, results_dir, technique.made_from)
             for visit in walk.visit(by_path):
                 layer = by_path[visit.path]
-                with run.layer(layer.path, type(layer.module).__name__) as entry:
+                kind = type(layer.module).__name__
+                with _naming(layer), run.layer(layer.path, kind) as entry:
                     if entry.stored is None:
-                        with _naming(layer):
-                            technique.treat(layer, visit, entry)
+                        technique.treat(layer, visit, entry)
                     _check_inputs(layer, visit, entry, technique.folder or results_dir)
                     technique.keep(layer, entry.tensors)
-                technique.apply(layer, entry.tensors)
+                    technique.apply(layer, entry.tensors)
                 walk.note(run.report[layer.path].losses())
         undo.pop_all()
     for path in walk.report.visited:
@@ -370,6 +383,12 @@ def changed(layer: Layer) -> Iterator[None]:
     reuse.forget(layer.module)
     with torch.no_grad():
         yield
+
+
+def set_weight(layer: Layer, weight: Tensor) -> None:
+    """Changes a layer's weight, in place."""
+    with changed(layer):
+        layer.module.weight.copy_(weight)
 
 
 # Settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from rimet import _core
 from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import Visit
 from rimet._weight_layers import (
+    NOT_FINITE,
     SUPPORTED,
     TRANSPOSED,
     Layer,
@@ -345,6 +347,14 @@ class _SequentialMse(WeightTechnique):
                 memory=self.memory,
                 progress=progress,
             )
+        details = {"bitwidth": quantizer.bitwidth, "method": result["method"]}
+        if not math.isfinite(result["loss_after"]):
+            # No candidate is better than another.
+            kept = {"min": quantizer.min.detach().clone(), "max": quantizer.max.detach().clone()}
+            note = f"its range stays that of its calibration: {NOT_FINITE}"
+            logger.warning("%s: %s", layer.path, note)
+            entry.done(kept, note=note, **details)
+            return
         low, high = result["min"], result["max"]
         if axis is not None:
             low = low.select(axis, 0).reshape(quantizer.shape)
@@ -353,12 +363,8 @@ class _SequentialMse(WeightTechnique):
             {"min": low, "max": high},
             loss_before=result["loss_before"],
             loss_after=result["loss_after"],
-            bitwidth=quantizer.bitwidth,
-            method=result["method"],
+            **details,
         )
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        return {"min": layer.quantizer.min, "max": layer.quantizer.max}
 
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
         with changed(layer):

@@ -76,7 +76,7 @@ enum Verdict {
     Other,
 }
 
-fn is_float(dtype: &str) -> bool {
+pub(super) fn is_float(dtype: &str) -> bool {
     dtype.starts_with("float") || dtype.starts_with("bfloat")
 }
 

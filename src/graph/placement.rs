@@ -12,10 +12,10 @@ use std::fmt;
 
 use super::config::{Config, Dtype, Format, Kernel, OpRule, ParamRule};
 use super::error::ConfigError;
-use super::functional::{self, FunctionalOp, Place, Reason};
+use super::functional::{self, is_float, FunctionalOp, Place, Reason};
 use super::op_types;
 use super::pattern::{Flow, Origin};
-use super::{Graph, Module, ModuleId, NodeId};
+use super::{Graph, Module, ModuleId, NodeId, TensorId};
 
 /// Formats of quantizers about which the configuration says nothing.
 #[derive(Debug, Clone, Copy)]
@@ -83,8 +83,11 @@ pub fn place(graph: &Graph, config: &Config, defaults: Defaults) -> Result<Plan,
     placement.drop_constant_rescales();
     placement.check()?;
     let mut plan = placement.realize();
-    let reused = unuse_reused(graph, &mut plan);
-    plan.reused = reused;
+    // In module form, what several places use are operations for each place; what is left are steps of a module that
+    // itself runs several times, and like its layers they have one set of quantizers.
+    if !graph.in_module_form {
+        plan.reused = unuse_reused(graph, &mut plan);
+    }
     tie_grids(&flow, config, &mut plan);
     Ok(plan)
 }
@@ -1015,8 +1018,11 @@ impl<'a> Placement<'a> {
             let params = params
                 .map(|(p, &id)| (p.name.clone(), plan.enabled(id)))
                 .collect();
-            let inputs = plan.fit(&slots.inputs, num_inputs);
-            let outputs = plan.fit(&slots.outputs, num_outputs);
+            let mut inputs = plan.fit(&slots.inputs, num_inputs);
+            let mut outputs = plan.fit(&slots.outputs, num_outputs);
+            if module.dynamic && !module.calls.is_empty() {
+                leave_integers(self.flow.graph, module, &mut inputs, &mut outputs);
+            }
             plan.modules.push(ModulePlan {
                 module: id,
                 path: module.path.clone(),
@@ -1058,6 +1064,29 @@ impl Plan {
     /// Some end of the range is given, so the range does not fit other consumers of the same tensor.
     fn is_constrained(&self, id: QuantizerId) -> bool {
         self.quantizers[id].constraints.is_some()
+    }
+}
+
+/// Empties the slots of a module made on the fly where no floating-point tensor ever came: a quantizer there would wait
+/// for data for good.
+fn leave_integers(
+    graph: &Graph,
+    module: &Module,
+    inputs: &mut [Option<QuantizerId>],
+    outputs: &mut [Option<QuantizerId>],
+) {
+    let calls = || module.calls.iter().map(|&node| &graph.nodes[node]);
+    let is_float = |t: TensorId| is_float(&graph.tensors[t].dtype);
+    for (slot, quantizer) in inputs.iter_mut().enumerate() {
+        let mut given = calls().flat_map(|node| &node.inputs);
+        if !given.any(|input| input.slot == slot && input.tensor.is_some_and(is_float)) {
+            *quantizer = None;
+        }
+    }
+    for (index, quantizer) in outputs.iter_mut().enumerate() {
+        if !calls().any(|node| node.outputs.get(index).is_some_and(|&t| is_float(t))) {
+            *quantizer = None;
+        }
     }
 }
 
@@ -1163,7 +1192,7 @@ fn tie_grids(flow: &Flow, config: &Config, plan: &mut Plan) {
 #[cfg(test)]
 mod tests {
     use super::super::testing::*;
-    use super::super::Module;
+    use super::super::{GraphBuilder, Input, Module, Source};
     use super::*;
 
     const DEFAULT: &str =
@@ -1294,6 +1323,36 @@ mod tests {
         assert_eq!(plan.reused, vec!["relu"]);
         // The first call is followed by a Relu alone, so its supergroup takes the output.
         assert_eq!(show(&plan, "conv"), "--w-");
+    }
+
+    #[test]
+    fn integers_of_a_module_made_on_the_fly_get_none() {
+        let mut builder = GraphBuilder::new();
+        let odd = Module {
+            dynamic: true,
+            dynamic_inputs: true,
+            ..module("odd", "my.Odd")
+        };
+        builder.module(odd).unwrap();
+        let arg = |slot, tensor| Input {
+            slot,
+            tensor: Some(tensor),
+            value: None,
+        };
+        let index = builder.tensor(Source::Input(0), vec![2], "int64".into());
+        let x = builder.tensor(Source::Input(1), vec![3, 4], "float32".into());
+        let results = ["int64", "float32"].map(|dtype| (vec![2, 4], dtype.to_owned()));
+        let (_, values) = builder
+            .call_module("odd", vec![arg(0, index), arg(1, x)], results.to_vec())
+            .unwrap();
+        builder.output(values[1], 0).unwrap();
+        let plan = plan(&builder.finish(), DEFAULT);
+        let odd = &plan.modules[0];
+        let has = |slots: &[Option<QuantizerId>]| -> Vec<bool> {
+            slots.iter().map(Option::is_some).collect()
+        };
+        assert_eq!(has(&odd.inputs), [false, true]);
+        assert_eq!(has(&odd.outputs), [false, true]);
     }
 
     #[test]

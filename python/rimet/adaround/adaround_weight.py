@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,20 +18,23 @@ from rimet import _core
 from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import Activation, Visit
 from rimet._weight_layers import (
+    NOT_FINITE,
     SUPPORTED,
     Layer,
     WeightTechnique,
-    changed,
     check_checkpoints_config,
     first_batches,
     linear_map,
     paths_of,
+    set_weight,
     treat_weights,
     weight_layers,
 )
 from rimet.common.defs import QuantScheme
 from rimet.ptq_results import LayerEntry, LayerwiseReport, layer_seed
 from rimet.quantsim import QuantizationSimModel, _files
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Adaround", "AdaroundParameters", "AdaroundSupportedModules"]
 
@@ -286,6 +290,7 @@ class _AdaRound(WeightTechnique):
     """Rounds weights."""
 
     name = "AdaRound"
+    changes_weights = True
 
     def __init__(self, settings: dict[str, Any], seed: int, progress: bool) -> None:
         self.settings = settings
@@ -324,27 +329,25 @@ class _AdaRound(WeightTechnique):
                 progress=progress,
                 **self.settings,
             )
+        losses = {"loss_before": result["loss_before"], "loss_after": result["loss_after"]}
+        is_finite = all(map(math.isfinite, losses.values()))
         if result["kept_nearest"]:
-            finite = math.isfinite(result["loss_before"])
-            why = "the one found was no better" if finite else "its data holds NaN or infinity"
+            why = "the one found was no better" if is_finite else NOT_FINITE
             kept = f"nearest rounding was kept: {why}"
             note = kept if note is None else f"{kept}; {note}"
+        if not is_finite:
+            logger.warning("%s: %s", layer.path, note)
         entry.done(
             {"weight": result["weight"]},
-            loss_before=result["loss_before"],
-            loss_after=result["loss_after"],
+            **(losses if is_finite else {}),
             note=note,
             bitwidth=quantizer.bitwidth,
             method=result["method"],
             iterations=result["iterations"],
         )
 
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        return {"weight": layer.module.weight}
-
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
-        with changed(layer):
-            layer.module.weight.copy_(tensors["weight"])
+        set_weight(layer, tensors["weight"])
 
 
 # Activation functions

@@ -243,6 +243,52 @@ def test_results_are_refused_if_forward_fn_or_the_models_code_is_another(
     run(1.0, nn.ReLU())
 
 
+@pytest.mark.parametrize("technique", ["seq_mse", "adaround"])
+def test_a_sample_that_holds_nan_changes_nothing_and_is_said(
+    technique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = batches()
+    data[1][0, 0, 0, 0] = float("nan")
+    sim = simulation()
+    for module in sim.qmodules():
+        module.compute_param_encodings()
+    before = ranges(sim)
+    weight = sim.model.stem.weight.detach().clone()
+    nearest = sim.model.stem.param_quantizers["weight"](weight).as_subclass(Tensor)
+    if technique == "seq_mse":
+        report = apply_seq_mse(sim, data, progress=False)
+    else:
+        params = AdaroundParameters(data, 3, 10, progress=False)
+        report = Adaround.round_simulation(sim, params)
+    assert same(ranges(sim), before)
+    assert torch.equal(sim.model.stem.weight, weight if technique == "seq_mse" else nearest)
+    assert report["stem"].loss_after is None and "NaN" in str(report["stem"].note)
+    assert "stem: " in caplog.text and "hold infinities, NaN" in caplog.text
+    json.loads(report.to_json(), parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def test_layers_that_cannot_be_treated_are_all_in_the_report() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+            self.recurrent = nn.LSTM(6, 5)
+            self.table, self.last = nn.Embedding(3, 4), nn.Linear(5, 2)
+
+        def forward(self, i: Tensor) -> Tensor:
+            return self.last(self.recurrent(self.normed(self.table(i)))[0])
+
+    x = torch.tensor([[0, 1, 2]])
+    sim = QuantizationSimModel(Mixed().eval(), x, default_param_bw=4)
+    report = apply_seq_mse(sim, [x], progress=False)
+    assert [layer.path for layer in report.treated] == ["last"]
+    assert report.skipped == {
+        "table": "a QuantizedEmbedding is no Linear, Conv or ConvTranspose",
+        "recurrent": "a QuantizedLSTM is no Linear, Conv or ConvTranspose",
+        "normed": "it is not quantized",
+    }
+
+
 def test_an_error_leaves_the_simulation_uncalibrated() -> None:
     sim = simulation(grid="lpbq")
     for changes in ({"memory_budget": -1}, {"data_loader": []}):
