@@ -55,7 +55,7 @@ pub fn layer_groups(
     };
     let is_activation = |node: NodeId| match graph.nodes[node].module {
         Some(m) => ACTIVATIONS.contains(&graph.modules[m].class.as_str()),
-        None => graph.nodes[node].function.as_deref() == Some("relu"),
+        None => graph.nodes[node].function.is_some_and(|f| f == "relu"),
     };
     let mut taken = HashSet::new();
     let mut groups = Vec::new();

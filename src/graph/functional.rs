@@ -9,17 +9,16 @@
 
 use std::collections::HashMap;
 
-use super::{op_types, Graph, Input, Module, ModuleId, Node, NodeId, Source};
+use super::symbol::Symbol;
+use super::{op_types, Graph, Input, Module, ModuleId, Node, NodeId, ScopeId, Source};
 
-/// A place in the forward of a module: its path, the function, how often that had run before in this forward.
-pub type Place = (String, String, usize);
+/// A place in the forward of a module: the module, the function, how often that had run before in this forward.
+pub type Place = (ScopeId, Symbol, usize);
 
 /// A functional operation that can carry quantizers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FunctionalOp {
     pub place: Place,
-    /// Its module in the module form.
-    pub module: ModuleId,
     /// Which inputs are tensors that an input quantizer may stand before.
     pub inputs: Vec<bool>,
     /// Shape of the weight, if that is a parameter (`F.linear(x, self.weight)`); it is input 1.
@@ -56,15 +55,27 @@ impl Reason {
     }
 }
 
-/// A graph whose functional operations are modules, where they can carry quantizers.
+/// The functional operations of a graph that are modules in its module form, as they can carry quantizers.
 #[derive(Debug, Clone)]
 pub struct ModuleForm {
-    pub graph: Graph,
+    /// Number of the first of [`Self::modules`]: they follow those of the graph.
+    first: ModuleId,
+    /// One per operation.
+    pub modules: Vec<Module>,
     pub ops: Vec<FunctionalOp>,
+    /// Per node: the position of its module in `modules`.
+    module_of: Vec<Option<u32>>,
     /// Places left in floating point.
     pub left: Vec<(Place, Reason)>,
-    /// Per module path and function: the number of calls in one forward of that module.
-    pub calls: Vec<(String, String, usize)>,
+    /// Per module and function: the number of calls in one forward of that module.
+    pub calls: Vec<(ScopeId, Symbol, usize)>,
+}
+
+impl ModuleForm {
+    /// The number of the module that a functional node has become.
+    pub fn module_of(&self, node: NodeId) -> Option<ModuleId> {
+        self.module_of[node].map(|position| self.first + position as usize)
+    }
 }
 
 /// What can be said of one functional node.
@@ -76,17 +87,30 @@ enum Verdict {
     Other,
 }
 
+impl Verdict {
+    /// Of a place where nodes with either verdict ran.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Verdict::Leave(reason), _) | (_, Verdict::Leave(reason)) => Verdict::Leave(reason),
+            (Verdict::Other, _) | (_, Verdict::Other) => Verdict::Other,
+            (Verdict::Quantize, Verdict::Quantize) => Verdict::Quantize,
+        }
+    }
+}
+
 fn is_float(dtype: &str) -> bool {
     dtype.starts_with("float") || dtype.starts_with("bfloat")
 }
 
 /// Whether a node makes a mask: it multiplies by, or adds, a number that nothing else is made of.
 fn makes_mask(node: &Node) -> bool {
-    matches!(node.function.as_deref(), Some("add" | "sub" | "mul"))
-        && node
-            .inputs
-            .iter()
-            .any(|input| input.value.is_some_and(|value| value.abs() >= 1e4))
+    matches!(
+        node.function.map(Symbol::as_str),
+        Some("add" | "sub" | "mul")
+    ) && node
+        .inputs
+        .iter()
+        .any(|input| input.value.is_some_and(|value| value.abs() >= 1e4))
 }
 
 /// Follows which tensors hold data, as opposed to what integers and constants alone determine.
@@ -140,14 +164,14 @@ impl<'g> DataFlow<'g> {
 
     fn verdict(&self, id: NodeId) -> Verdict {
         let node = &self.graph.nodes[id];
-        let Some(function) = node.function.as_deref() else {
+        let Some(function) = node.function else {
             return Verdict::Other;
         };
+        let traits = function.traits();
         let outputs = || node.outputs.iter().map(|&t| &self.graph.tensors[t]);
-        if self.graph.is_passthrough(id)
-            || op_types::function_keeps_values(function)
-            || (op_types::function_moves_data(function)
-                && op_types::module_of_function(function).is_none())
+        if traits.function_is_passthrough
+            || traits.function_keeps_values
+            || (traits.function_moves_data && op_types::module_of_function(&function).is_none())
             || !outputs().any(|t| is_float(&t.dtype))
         {
             return Verdict::Other;
@@ -158,7 +182,7 @@ impl<'g> DataFlow<'g> {
         if !node.inputs.iter().any(|input| self.is_data(input)) || makes_mask(node) {
             return Verdict::Leave(Reason::Constant);
         }
-        let masks = matches!(function, "add" | "sub")
+        let masks = matches!(function.as_str(), "add" | "sub")
             && node
                 .inputs
                 .iter()
@@ -169,7 +193,7 @@ impl<'g> DataFlow<'g> {
         if outputs().any(|t| t.unbounded) {
             return Verdict::Leave(Reason::Unbounded);
         }
-        if op_types::is_scripted(function) {
+        if op_types::is_scripted(&function) {
             return Verdict::Leave(Reason::Scripted);
         }
         Verdict::Quantize
@@ -182,7 +206,10 @@ impl<'g> DataFlow<'g> {
         for input in &node.inputs {
             inputs[input.slot] = self.is_data(input);
         }
-        if node.function.as_deref() == Some("scaled_dot_product_attention") {
+        if node
+            .function
+            .is_some_and(|f| f == "scaled_dot_product_attention")
+        {
             inputs.truncate(3); // the fourth is a mask
         }
         inputs
@@ -194,65 +221,110 @@ pub const WEIGHT: usize = 1;
 
 /// Shape of the weight of a functional layer, if it is a parameter.
 fn weight_shape(graph: &Graph, node: &Node) -> Option<Vec<i64>> {
-    op_types::layer_of_function(node.function.as_deref()?)?;
+    op_types::layer_of_function(&node.function?)?;
     let input = node.inputs.iter().find(|input| input.slot == WEIGHT)?;
     let tensor = &graph.tensors[input.tensor?];
     matches!(tensor.source, Source::Parameter(_)).then(|| tensor.shape.clone())
 }
 
-/// The graph in module form.
+/// A function in the forwards of one module.
+struct Called {
+    scope: ScopeId,
+    function: Symbol,
+    /// Per turn in a forward, its number in [`Places::nodes`].
+    turns: Vec<Option<usize>>,
+}
+
+/// The places of a graph in the order in which they ran first.
+#[derive(Default)]
+struct Places {
+    /// Per place: what ran there.
+    nodes: Vec<Vec<NodeId>>,
+    functions: Vec<Called>,
+}
+
+impl Places {
+    fn of(graph: &Graph) -> Self {
+        let mut places = Places::default();
+        let mut known: HashMap<(ScopeId, Symbol), usize> = HashMap::new();
+        for (id, node) in graph.nodes.iter().enumerate() {
+            let (Some(function), Some(scope)) = (node.function, node.scope) else {
+                continue;
+            };
+            let next = places.functions.len();
+            let called = *known.entry((scope, function)).or_insert(next);
+            if called == next {
+                places.functions.push(Called {
+                    scope,
+                    function,
+                    turns: Vec::with_capacity(1),
+                });
+            }
+            let turns = &mut places.functions[called].turns;
+            if node.turn >= turns.len() {
+                turns.resize(node.turn + 1, None);
+            }
+            match turns[node.turn] {
+                Some(place) => places.nodes[place].push(id),
+                None => {
+                    turns[node.turn] = Some(places.nodes.len());
+                    places.nodes.push(vec![id]);
+                }
+            }
+        }
+        places
+    }
+}
+
+/// What the functional operations of a graph become in its module form.
 pub fn module_form(graph: &Graph) -> ModuleForm {
     let flow = DataFlow::new(graph);
-    let mut form = graph.clone();
-    form.in_module_form = true;
-    let mut ops: Vec<FunctionalOp> = Vec::new();
-    let mut left = Vec::new();
-    let mut calls: HashMap<(&str, &str), usize> = HashMap::new();
-    let mut places: HashMap<(&str, &str, usize), Vec<NodeId>> = HashMap::new();
-    let mut order = Vec::new();
-    for (id, node) in graph.nodes.iter().enumerate() {
-        let Some(function) = node.function.as_deref() else {
+    let Places { nodes, functions } = Places::of(graph);
+    let mut form = ModuleForm {
+        first: graph.modules.len(),
+        modules: Vec::new(),
+        ops: Vec::new(),
+        module_of: vec![None; graph.nodes.len()],
+        left: Vec::new(),
+        calls: functions
+            .iter()
+            .map(|called| (called.scope, called.function, called.turns.len()))
+            .collect(),
+    };
+    for nodes in nodes {
+        let first = &graph.nodes[nodes[0]];
+        let (Some(function), Some(scope)) = (first.function, first.scope) else {
             continue;
         };
-        let count = calls.entry((&node.scope, function)).or_default();
-        *count = (*count).max(node.turn + 1);
-        let key = (node.scope.as_str(), function, node.turn);
-        let nodes = places.entry(key).or_default();
-        if nodes.is_empty() {
-            order.push(key);
+        let place = (scope, function, first.turn);
+        let verdicts = nodes.iter().map(|&node| flow.verdict(node));
+        match verdicts.reduce(Verdict::and) {
+            Some(Verdict::Quantize) => {}
+            Some(Verdict::Leave(reason)) => {
+                form.left.push((place, reason));
+                continue;
+            }
+            Some(Verdict::Other) | None => continue,
         }
-        nodes.push(id);
-    }
-    for key in order {
-        let (scope, function, turn) = key;
-        let nodes = &places[&key];
-        let place = (scope.to_owned(), function.to_owned(), turn);
-        let verdicts: Vec<Verdict> = nodes.iter().map(|&node| flow.verdict(node)).collect();
-        let reason = verdicts.iter().find_map(|verdict| match verdict {
-            Verdict::Leave(reason) => Some(*reason),
-            _ => None,
-        });
-        if let Some(reason) = reason {
-            left.push((place, reason));
-            continue;
-        }
-        if verdicts.contains(&Verdict::Other) {
-            continue;
-        }
-        let first = &graph.nodes[nodes[0]];
         let inputs = nodes
             .iter()
             .map(|&node| flow.inputs(&graph.nodes[node]))
             .max_by_key(Vec::len)
             .unwrap_or_default();
         let weight = weight_shape(graph, first);
-        let class = op_types::layer_of_function(function)
+        let class = op_types::layer_of_function(&function)
             .filter(|_| weight.is_some())
-            .or_else(|| op_types::module_of_function(function));
-        let module = form.modules.len();
+            .or_else(|| op_types::module_of_function(&function))
+            .map_or_else(
+                || format!("function.{function}").as_str().into(),
+                Symbol::new,
+            );
+        for &node in &nodes {
+            form.module_of[node] = Some(form.modules.len() as u32);
+        }
         form.modules.push(Module {
-            path: format!("{scope}({function} {turn})"),
-            class: class.map_or_else(|| format!("function.{function}"), str::to_owned),
+            path: format!("{}({function} {})", graph.scope(nodes[0]), first.turn),
+            class,
             params: Vec::new(),
             groups: 1,
             num_inputs: inputs.len(),
@@ -261,39 +333,21 @@ pub fn module_form(graph: &Graph) -> ModuleForm {
             // What shares the memory of a result that was written in place has the same quantizer.
             dynamic: !first.in_place,
             quantizable: true,
-            calls: nodes.clone(),
+            calls: nodes,
         });
-        for &node in nodes {
-            let op_type = op_types::module_op_type(&form.modules[module].class).to_owned();
-            form.nodes[node].module = Some(module);
-            form.nodes[node].op_type = op_type;
-        }
-        ops.push(FunctionalOp {
+        form.ops.push(FunctionalOp {
             place,
-            module,
             inputs,
             weight,
             in_place: first.in_place,
         });
     }
-    for (id, module) in form.modules.iter().enumerate() {
-        form.by_path.insert(module.path.clone(), id);
-    }
-    let mut calls: Vec<(String, String, usize)> = calls
-        .into_iter()
-        .map(|((scope, function), count)| (scope.to_owned(), function.to_owned(), count))
-        .collect();
-    calls.sort();
-    ModuleForm {
-        graph: form,
-        ops,
-        left,
-        calls,
-    }
+    form
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::pattern::Flow;
     use super::super::testing::*;
     use super::super::GraphBuilder;
     use super::*;
@@ -315,29 +369,24 @@ mod tests {
         let d = net.function("__iadd__", &[c, x]);
         let e = net.function("erf", &[d]);
         let f = net.function("add", &[e, x]);
-        let form = module_form(&net.finish(f));
+        let graph = net.finish(f);
+        let form = module_form(&graph);
         assert_eq!(
             places(&form),
             [("relu", 0), ("add", 0), ("erf", 0), ("add", 1)]
         );
-        let classes: Vec<&str> = form
-            .ops
-            .iter()
-            .map(|op| form.graph.modules[op.module].class.as_str())
-            .collect();
+        let classes: Vec<&str> = form.modules.iter().map(|m| m.class.as_str()).collect();
         assert_eq!(
             classes,
-            ["nn.ReLU", "custom.Add", "function.erf", "custom.Add"].map(|c| {
-                if c == "function.erf" {
-                    "custom.Erf"
-                } else {
-                    c
-                }
-            })
+            ["nn.ReLU", "custom.Add", "custom.Erf", "custom.Add"]
         );
-        assert_eq!(form.graph.nodes[1].op_type, "Relu");
-        assert!(form.graph.nodes[2].module.is_none() && form.graph.moves_data(2));
-        assert!(form.calls.contains(&(String::new(), "add".into(), 2)));
+        let flow = Flow::in_module_form(&graph, &form);
+        assert_eq!(
+            (flow.op_type(1).as_str(), flow.module(1)),
+            ("Relu", Some(1))
+        );
+        assert!(flow.module(2).is_none() && flow.moves_data(2));
+        assert!(form.calls.contains(&(0, "add".into(), 2)));
     }
 
     /// Two passes through one block: its places are those of one pass.
@@ -353,13 +402,13 @@ mod tests {
         }
         let form = module_form(&net.finish(x));
         assert_eq!(places(&form), [("relu", 0), ("relu", 1)]);
-        assert_eq!(form.graph.modules[form.ops[0].module].calls, [0, 2]);
+        assert_eq!(form.modules[0].calls, [0, 2]);
     }
 
     #[test]
     fn masks_stay_as_they_are() {
         let mut builder = GraphBuilder::new();
-        let float = || vec![(vec![2, 2], "float32".to_owned())];
+        let float = || vec![(vec![2, 2], "float32".into())];
         let arg = |t| Input {
             slot: 0,
             tensor: Some(t),

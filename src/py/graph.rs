@@ -1,16 +1,19 @@
 //! `rimet._core`: recording a model's graph, and placing quantizers on it.
 
 use std::collections::hash_map::{Entry, HashMap};
+use std::ops::Range;
 
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
 use crate::graph::config::{Config, Dtype, Format, Kernel};
 use crate::graph::error::{ConfigError, GraphError};
 use crate::graph::pattern::Flow;
-use crate::graph::placement::{self, Defaults, FunctionalPlan, Plan, Quantizer};
+use crate::graph::placement::{self, Defaults, FunctionalPlan, ModulePlan, Plan, Quantizer};
+use crate::graph::symbol::{Symbol, SymbolMap};
 use crate::graph::{self, op_types, Input, Module, Parameter, Source};
 
 impl From<ConfigError> for PyErr {
@@ -33,7 +36,7 @@ impl From<GraphError> for PyErr {
 /// (slot, tensor id, number)
 type PyInput = (usize, Option<usize>, Option<f64>);
 /// (shape, dtype)
-type PyOutput = (Vec<i64>, String);
+type PyOutput = (Vec<i64>, PyBackedStr);
 
 fn inputs(raw: Vec<PyInput>) -> Vec<Input> {
     raw.into_iter()
@@ -45,8 +48,14 @@ fn inputs(raw: Vec<PyInput>) -> Vec<Input> {
         .collect()
 }
 
+fn outputs(raw: Vec<PyOutput>) -> Vec<(Vec<i64>, Symbol)> {
+    raw.into_iter()
+        .map(|(shape, dtype)| (shape, Symbol::new(&dtype)))
+        .collect()
+}
+
 /// Takes the events of one run of a model.
-#[pyclass(module = "rimet._core", unsendable)]
+#[pyclass(module = "rimet._core")]
 pub struct GraphBuilder {
     builder: graph::GraphBuilder,
 }
@@ -65,8 +74,8 @@ impl GraphBuilder {
     fn module(
         &mut self,
         path: String,
-        class_key: String,
-        params: Vec<(String, Vec<i64>)>,
+        class_key: &str,
+        params: Vec<(PyBackedStr, Vec<i64>)>,
         groups: i64,
         num_inputs: usize,
         num_outputs: usize,
@@ -76,11 +85,14 @@ impl GraphBuilder {
     ) -> PyResult<()> {
         let params = params
             .into_iter()
-            .map(|(name, shape)| Parameter { name, shape })
+            .map(|(name, shape)| Parameter {
+                name: Symbol::new(&name),
+                shape,
+            })
             .collect();
         self.builder.module(Module {
             path,
-            class: class_key,
+            class: class_key.into(),
             params,
             groups,
             num_inputs,
@@ -93,16 +105,18 @@ impl GraphBuilder {
         Ok(())
     }
 
-    fn input(&mut self, position: usize, shape: Vec<i64>, dtype: String) -> usize {
-        self.builder.tensor(Source::Input(position), shape, dtype)
+    fn input(&mut self, position: usize, shape: Vec<i64>, dtype: &str) -> usize {
+        self.builder
+            .tensor(Source::Input(position), shape, dtype.into())
     }
 
-    fn parameter(&mut self, name: String, shape: Vec<i64>, dtype: String) -> usize {
-        self.builder.tensor(Source::Parameter(name), shape, dtype)
+    fn parameter(&mut self, name: String, shape: Vec<i64>, dtype: &str) -> usize {
+        self.builder
+            .tensor(Source::Parameter(name), shape, dtype.into())
     }
 
-    fn constant(&mut self, shape: Vec<i64>, dtype: String) -> usize {
-        self.builder.tensor(Source::Constant, shape, dtype)
+    fn constant(&mut self, shape: Vec<i64>, dtype: &str) -> usize {
+        self.builder.tensor(Source::Constant, shape, dtype.into())
     }
 
     fn mark_unbounded(&mut self, tensor: usize) -> PyResult<()> {
@@ -123,7 +137,10 @@ impl GraphBuilder {
         args: Vec<PyInput>,
         results: Vec<PyOutput>,
     ) -> PyResult<Vec<usize>> {
-        Ok(self.builder.call_module(path, inputs(args), results)?.1)
+        Ok(self
+            .builder
+            .call_module(path, inputs(args), outputs(results))?
+            .1)
     }
 
     fn call_function(
@@ -136,7 +153,7 @@ impl GraphBuilder {
     ) -> PyResult<Vec<usize>> {
         Ok(self
             .builder
-            .call_function(name, scope, inputs(args), results, in_place)?
+            .call_function(name, scope, inputs(args), outputs(results), in_place)?
             .1)
     }
 
@@ -166,8 +183,9 @@ impl Graph {
         for module in &self.graph.modules {
             let dict = PyDict::new(py);
             dict.set_item("path", &module.path)?;
-            dict.set_item("class", &module.class)?;
-            let params: Vec<_> = module.params.iter().map(|p| (&p.name, &p.shape)).collect();
+            dict.set_item("class", module.class.as_str())?;
+            let params = module.params.iter();
+            let params: Vec<_> = params.map(|p| (p.name.as_str(), &p.shape)).collect();
             dict.set_item("params", params)?;
             dict.set_item("calls", &module.calls)?;
             dict.set_item("quantizable", module.quantizable)?;
@@ -192,7 +210,7 @@ impl Graph {
             dict.set_item("producer", producer)?;
             dict.set_item("position", position)?;
             dict.set_item("shape", &tensor.shape)?;
-            dict.set_item("dtype", &tensor.dtype)?;
+            dict.set_item("dtype", tensor.dtype.as_str())?;
             dict.set_item("output", tensor.output)?;
             dict.set_item("consumers", &tensor.consumers)?;
             list.append(dict)?;
@@ -209,9 +227,9 @@ impl Graph {
                 "module",
                 node.module.map(|m| self.graph.modules[m].path.as_str()),
             )?;
-            dict.set_item("function", &node.function)?;
-            dict.set_item("scope", &node.scope)?;
-            dict.set_item("op_type", &node.op_type)?;
+            dict.set_item("function", node.function.map(Symbol::as_str))?;
+            dict.set_item("scope", self.graph.scope(id))?;
+            dict.set_item("op_type", node.op_type.as_str())?;
             dict.set_item("call", node.call)?;
             dict.set_item("turn", node.turn)?;
             let inputs: Vec<_> = node
@@ -253,13 +271,12 @@ impl Graph {
     /// Chains of operator types, longest pattern first, no node in two chains; see `Flow::chains`.
     #[pyo3(signature = (patterns, skip = Vec::new()))]
     fn chains(&self, patterns: Vec<Vec<String>>, skip: Vec<usize>) -> Vec<Vec<usize>> {
-        let skip = skip.into_iter().collect();
         Flow::new(&self.graph).chains(&patterns, &skip, |_| false)
     }
 
-    /// Applies a configuration. Returns a dict: quantizers (`None` for one that is off), modules, reused; with `functional`, too: functions
-    /// (scope, function, turn, quantizes_weight, in_place, inputs, outputs), left ((scope, function, turn), reason) and
-    /// calls (scope, function, number).
+    /// Applies a configuration. Returns a dict: quantizers (`None` for a number that no place has), modules (path, inputs, outputs,
+    /// params by name, supported_kernels), reused; with `functional`, too: functions (scope, function, turn, quantizes_weight,
+    /// in_place, inputs, outputs, supported_kernels), left ((scope, function, turn), reason) and calls (scope, function, number).
     #[pyo3(signature = (config, activation_bitwidth, param_bitwidth, is_float, functional = false))]
     fn place<'py>(
         &self,
@@ -284,11 +301,11 @@ impl Graph {
         if !functional {
             let plan =
                 py.allow_threads(|| placement::place(&self.graph, &config.config, defaults))?;
-            return plan_dict(py, &plan);
+            return PlanWriter::new(py, &self.graph, &plan).plan();
         }
         let functional = py
             .allow_threads(|| placement::place_functional(&self.graph, &config.config, defaults))?;
-        functional_plan_dict(py, &functional)
+        PlanWriter::new(py, &self.graph, &functional.plan).functional_plan(&functional)
     }
 }
 
@@ -310,89 +327,154 @@ fn kernel_list(kernels: &[Kernel]) -> Vec<PyKernel> {
         .collect()
 }
 
-fn plan_dict<'py>(py: Python<'py>, plan: &Plan) -> PyResult<Bound<'py, PyDict>> {
-    let quantizers = PyList::empty(py);
-    // Most quantizers are alike: they share one dict.
-    let mut made: HashMap<_, Bound<'py, PyDict>> = HashMap::new();
-    for quantizer in &plan.quantizers {
-        if !quantizer.enabled {
-            quantizers.append(py.None())?;
-            continue;
-        }
-        let Quantizer {
-            format,
-            symmetric,
-            shape,
-            constraints,
-            ..
-        } = quantizer;
-        let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
-        let (dtype, bitwidth) = format_tuple(*format);
-        let dict = match made.entry((dtype, bitwidth, symmetric, shape, ends)) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let dict = PyDict::new(py);
-                dict.set_item(intern!(py, "dtype"), dtype)?;
-                dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
-                dict.set_item(intern!(py, "symmetric"), symmetric)?;
-                dict.set_item(intern!(py, "shape"), shape)?;
-                dict.set_item(intern!(py, "constraints"), constraints)?;
-                entry.insert(dict)
-            }
-        };
-        quantizers.append(&*dict)?;
-    }
-    let modules = PyList::empty(py);
-    for module in &plan.modules {
-        let dict = PyDict::new(py);
-        dict.set_item(intern!(py, "path"), &module.path)?;
-        dict.set_item(intern!(py, "inputs"), &module.inputs)?;
-        dict.set_item(intern!(py, "outputs"), &module.outputs)?;
-        dict.set_item(intern!(py, "params"), &module.params)?;
-        dict.set_item(
-            intern!(py, "supported_kernels"),
-            kernel_list(&module.supported_kernels),
-        )?;
-        modules.append(dict)?;
-    }
-    let result = PyDict::new(py);
-    result.set_item(intern!(py, "quantizers"), quantizers)?;
-    result.set_item(intern!(py, "modules"), modules)?;
-    result.set_item(intern!(py, "reused"), &plan.reused)?;
-    Ok(result)
+/// Makes the Python objects of a plan; those that are alike are one object.
+struct PlanWriter<'py, 'p> {
+    py: Python<'py>,
+    graph: &'p graph::Graph,
+    plan: &'p Plan,
+    names: SymbolMap<Bound<'py, PyString>>,
+    /// By the address of their kernels, which all modules of a class share.
+    kernels: HashMap<*const Kernel, Bound<'py, PyList>>,
 }
 
-fn functional_plan_dict<'py>(
-    py: Python<'py>,
-    functional: &FunctionalPlan,
-) -> PyResult<Bound<'py, PyDict>> {
-    let result = plan_dict(py, &functional.plan)?;
-    let functions = PyList::empty(py);
-    for (op, module) in &functional.ops {
-        let dict = PyDict::new(py);
-        let (scope, function, turn) = &op.place;
-        dict.set_item(intern!(py, "scope"), scope)?;
-        dict.set_item(intern!(py, "function"), function)?;
-        dict.set_item(intern!(py, "turn"), turn)?;
-        dict.set_item(intern!(py, "quantizes_weight"), op.weight.is_some())?;
-        dict.set_item(intern!(py, "in_place"), op.in_place)?;
-        dict.set_item(intern!(py, "inputs"), &module.inputs)?;
-        dict.set_item(intern!(py, "outputs"), &module.outputs)?;
-        dict.set_item(
-            intern!(py, "supported_kernels"),
-            kernel_list(&module.supported_kernels),
-        )?;
-        functions.append(dict)?;
+impl<'py, 'p> PlanWriter<'py, 'p> {
+    fn new(py: Python<'py>, graph: &'p graph::Graph, plan: &'p Plan) -> Self {
+        PlanWriter {
+            py,
+            graph,
+            plan,
+            names: SymbolMap::default(),
+            kernels: HashMap::new(),
+        }
     }
-    result.set_item(intern!(py, "functions"), functions)?;
-    let left: Vec<_> = functional
-        .left
-        .iter()
-        .map(|(place, reason)| (place, reason.text()))
-        .collect();
-    result.set_item(intern!(py, "left"), left)?;
-    result.set_item(intern!(py, "calls"), &functional.calls)?;
-    Ok(result)
+
+    fn name(&mut self, symbol: Symbol) -> &Bound<'py, PyString> {
+        let py = self.py;
+        self.names
+            .get_or_insert_with(symbol, || PyString::new(py, &symbol))
+    }
+
+    fn slots(&self, range: &Range<usize>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(self.py, &self.plan.slots[range.clone()])
+    }
+
+    fn kernels(&mut self, kernels: &[Kernel]) -> PyResult<Bound<'py, PyList>> {
+        Ok(match self.kernels.entry(kernels.as_ptr()) {
+            Entry::Occupied(entry) => entry.get().clone(),
+            Entry::Vacant(entry) => {
+                let list = PyList::new(self.py, kernel_list(kernels))?;
+                entry.insert(list).clone()
+            }
+        })
+    }
+
+    /// A dict with the quantizers of a module.
+    fn module_dict(&mut self, module: &ModulePlan) -> PyResult<Bound<'py, PyDict>> {
+        let py = self.py;
+        let dict = PyDict::new(py);
+        dict.set_item(intern!(py, "inputs"), self.slots(&module.inputs)?)?;
+        dict.set_item(intern!(py, "outputs"), self.slots(&module.outputs)?)?;
+        let kernels = self.kernels(&module.supported_kernels)?;
+        dict.set_item(intern!(py, "supported_kernels"), kernels)?;
+        Ok(dict)
+    }
+
+    fn quantizers(&self) -> PyResult<Bound<'py, PyList>> {
+        let py = self.py;
+        let mut made: HashMap<_, Bound<'py, PyDict>> = HashMap::new();
+        let list = PyList::empty(py);
+        for quantizer in &self.plan.quantizers {
+            let Some(quantizer) = quantizer else {
+                list.append(py.None())?;
+                continue;
+            };
+            let Quantizer {
+                format,
+                symmetric,
+                shape,
+                constraints,
+            } = quantizer;
+            let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
+            let dict = match made.entry((format, symmetric, shape, ends)) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    let (dtype, bitwidth) = format_tuple(*format);
+                    let dict = PyDict::new(py);
+                    dict.set_item(intern!(py, "dtype"), dtype)?;
+                    dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
+                    dict.set_item(intern!(py, "symmetric"), symmetric)?;
+                    dict.set_item(intern!(py, "shape"), shape)?;
+                    dict.set_item(intern!(py, "constraints"), constraints)?;
+                    entry.insert(dict)
+                }
+            };
+            list.append(&*dict)?;
+        }
+        Ok(list)
+    }
+
+    fn plan(&mut self) -> PyResult<Bound<'py, PyDict>> {
+        let py = self.py;
+        let modules = PyList::empty(py);
+        for module in &self.plan.modules {
+            let declared = &self.graph.modules[module.module];
+            let dict = self.module_dict(module)?;
+            dict.set_item(intern!(py, "path"), &declared.path)?;
+            let params = PyDict::new(py);
+            for (param, slot) in declared
+                .params
+                .iter()
+                .zip(&self.plan.slots[module.params.clone()])
+            {
+                params.set_item(self.name(param.name), slot)?;
+            }
+            dict.set_item(intern!(py, "params"), params)?;
+            modules.append(dict)?;
+        }
+        let reused = self.plan.reused.iter();
+        let reused = reused.map(|&module| self.graph.modules[module].path.as_str());
+        let result = PyDict::new(py);
+        result.set_item(intern!(py, "quantizers"), self.quantizers()?)?;
+        result.set_item(intern!(py, "modules"), modules)?;
+        result.set_item(intern!(py, "reused"), PyList::new(py, reused)?)?;
+        Ok(result)
+    }
+
+    /// [`Self::plan`] with what there is to say of functional operations.
+    fn functional_plan(&mut self, functional: &FunctionalPlan) -> PyResult<Bound<'py, PyDict>> {
+        let py = self.py;
+        let result = self.plan()?;
+        let scopes: Vec<Bound<PyString>> = self
+            .graph
+            .scopes()
+            .iter()
+            .map(|path| PyString::new(py, path))
+            .collect();
+        let functions = PyList::empty(py);
+        for (op, module) in functional.ops() {
+            let dict = self.module_dict(module)?;
+            let (scope, function, turn) = op.place;
+            dict.set_item(intern!(py, "scope"), &scopes[scope])?;
+            dict.set_item(intern!(py, "function"), self.name(function))?;
+            dict.set_item(intern!(py, "turn"), turn)?;
+            dict.set_item(intern!(py, "quantizes_weight"), op.weight.is_some())?;
+            dict.set_item(intern!(py, "in_place"), op.in_place)?;
+            functions.append(dict)?;
+        }
+        result.set_item(intern!(py, "functions"), functions)?;
+        let left = PyList::empty(py);
+        for ((scope, function, turn), reason) in &functional.form.left {
+            let place = (&scopes[*scope], self.name(*function), turn);
+            left.append((place, reason.text()))?;
+        }
+        result.set_item(intern!(py, "left"), left)?;
+        let calls = PyList::empty(py);
+        for (scope, function, count) in &functional.form.calls {
+            calls.append((&scopes[*scope], self.name(*function), count))?;
+        }
+        result.set_item(intern!(py, "calls"), calls)?;
+        Ok(result)
+    }
 }
 
 /// A parsed and checked quantsim configuration.

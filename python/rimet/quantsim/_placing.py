@@ -257,9 +257,9 @@ class QuantizerMaker:
             quantizers = [self.quantizer(number, device) for number in entry[kind]]
             slots = nn.ModuleList(quantizers)  # type: ignore[arg-type]
             setattr(module, f"{kind[:-1]}_quantizers", slots)
-        for name, number in entry.get("params", ()):
+        for name, number in entry.get("params", {}).items():
             module.param_quantizers[name] = self.quantizer(number, device)
-        module.supported_kernels = entry["supported_kernels"]
+        module.supported_kernels = list(entry["supported_kernels"])
 
 
 def apply_plan(twins: dict[str, nn.Module], plan: dict[str, Any], maker: QuantizerMaker) -> None:
