@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use super::config::{Config, Dtype, Format, OpRule};
 use super::error::ConfigError;
-use super::functional::{self, FunctionalOp, ModuleForm};
+use super::functional::{self, ModuleForm};
 use super::op_types;
 use super::pattern::{Flow, Origin};
 use super::symbol::Symbol;
@@ -75,13 +75,6 @@ pub struct FunctionalPlan {
     /// Per operation of `form`: its quantizers.
     pub functions: Vec<ModulePlan>,
     pub form: ModuleForm,
-}
-
-impl FunctionalPlan {
-    /// Each functional operation that can carry quantizers, with those that it has.
-    pub fn ops(&self) -> impl Iterator<Item = (&FunctionalOp, &ModulePlan)> {
-        self.form.ops.iter().zip(&self.functions)
-    }
 }
 
 /// [`place`] with quantizers for functional operations, too.

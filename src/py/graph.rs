@@ -1,9 +1,9 @@
 //! `rimet._core`: recording a model's graph, and placing quantizers on it.
 
-use std::collections::hash_map::{Entry, HashMap};
+use std::collections::HashSet;
 use std::ops::Range;
 
-use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
@@ -11,8 +11,9 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
 use crate::graph::config::{Config, Dtype, Format, Kernel};
 use crate::graph::error::{ConfigError, GraphError};
+use crate::graph::functional::ModuleForm;
 use crate::graph::pattern::Flow;
-use crate::graph::placement::{self, Defaults, FunctionalPlan, ModulePlan, Plan, Quantizer};
+use crate::graph::placement::{self, Defaults, ModulePlan, Quantizer};
 use crate::graph::symbol::{Symbol, SymbolMap};
 use crate::graph::{self, op_types, Input, Module, Parameter, Source};
 
@@ -274,19 +275,16 @@ impl Graph {
         Flow::new(&self.graph).chains(&patterns, &skip, |_| false)
     }
 
-    /// Applies a configuration. Returns a dict: quantizers (`None` for a number that no place has), modules (path, inputs, outputs,
-    /// params by name, supported_kernels), reused; with `functional`, too: functions (scope, function, turn, quantizes_weight,
-    /// in_place, inputs, outputs, supported_kernels), left ((scope, function, turn), reason) and calls (scope, function, number).
+    /// Applies a configuration; with `functional`, functional operations get quantizers, too.
     #[pyo3(signature = (config, activation_bitwidth, param_bitwidth, is_float, functional = false))]
-    fn place<'py>(
-        &self,
-        py: Python<'py>,
+    fn place(
+        slf: Bound<'_, Self>,
         config: &QuantSimConfig,
         activation_bitwidth: u32,
         param_bitwidth: u32,
         is_float: bool,
         functional: bool,
-    ) -> PyResult<Bound<'py, PyDict>> {
+    ) -> PyResult<Plan> {
         let dtype = if is_float { Dtype::Float } else { Dtype::Int };
         let defaults = Defaults {
             activation: Format {
@@ -298,14 +296,19 @@ impl Graph {
                 bitwidth: param_bitwidth,
             },
         };
-        if !functional {
-            let plan =
-                py.allow_threads(|| placement::place(&self.graph, &config.config, defaults))?;
-            return PlanWriter::new(py, &self.graph, &plan).plan();
-        }
-        let functional = py
-            .allow_threads(|| placement::place_functional(&self.graph, &config.config, defaults))?;
-        PlanWriter::new(py, &self.graph, &functional.plan).functional_plan(&functional)
+        let (graph, config) = (&slf.get().graph, &config.config);
+        let (plan, functional) = slf.py().allow_threads(|| {
+            if !functional {
+                return Ok((placement::place(graph, config, defaults)?, None));
+            }
+            let placed = placement::place_functional(graph, config, defaults)?;
+            Ok::<_, ConfigError>((placed.plan, Some((placed.form, placed.functions))))
+        })?;
+        Ok(Plan {
+            graph: slf.unbind(),
+            plan,
+            functional,
+        })
     }
 }
 
@@ -327,67 +330,46 @@ fn kernel_list(kernels: &[Kernel]) -> Vec<PyKernel> {
         .collect()
 }
 
-/// Makes the Python objects of a plan; those that are alike are one object.
-struct PlanWriter<'py, 'p> {
-    py: Python<'py>,
-    graph: &'p graph::Graph,
-    plan: &'p Plan,
-    names: SymbolMap<Bound<'py, PyString>>,
-    /// By the address of their kernels, which all modules of a class share.
-    kernels: HashMap<*const Kernel, Bound<'py, PyList>>,
+/// Which quantizers go where. Compact; Python objects are made of it where they are asked for.
+#[pyclass(module = "rimet._core", frozen)]
+pub struct Plan {
+    graph: Py<Graph>,
+    plan: placement::Plan,
+    /// With quantizers for functional operations: their quantizers, in the order of the operations.
+    functional: Option<(ModuleForm, Vec<ModulePlan>)>,
 }
 
-impl<'py, 'p> PlanWriter<'py, 'p> {
-    fn new(py: Python<'py>, graph: &'p graph::Graph, plan: &'p Plan) -> Self {
-        PlanWriter {
-            py,
-            graph,
-            plan,
-            names: SymbolMap::default(),
-            kernels: HashMap::new(),
+#[pymethods]
+impl Plan {
+    /// Whether functional operations have quantizers, too.
+    #[getter]
+    fn functional(&self) -> bool {
+        self.functional.is_some()
+    }
+
+    /// Paths of modules without parameters that run several times and therefore get no quantizers.
+    #[getter]
+    fn reused(&self) -> Vec<String> {
+        let modules = &self.graph.get().graph.modules;
+        let reused = self.plan.reused.iter();
+        reused.map(|&module| modules[module].path.clone()).collect()
+    }
+
+    /// The quantizer of this number as a dict: dtype, bitwidth, symmetric, shape, constraints.
+    fn quantizer<'py>(&self, py: Python<'py>, number: usize) -> PyResult<Bound<'py, PyDict>> {
+        match self.plan.quantizers.get(number) {
+            Some(Some(quantizer)) => quantizer_dict(py, quantizer),
+            _ => Err(PyIndexError::new_err(format!(
+                "number: expected that of a quantizer of the plan, got {number}"
+            ))),
         }
     }
 
-    fn name(&mut self, symbol: Symbol) -> &Bound<'py, PyString> {
-        let py = self.py;
-        self.names
-            .get_or_insert_with(symbol, || PyString::new(py, &symbol))
-    }
-
-    fn slots(&self, range: &Range<usize>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(self.py, &self.plan.slots[range.clone()])
-    }
-
-    fn kernels(&mut self, kernels: &[Kernel]) -> PyResult<Bound<'py, PyList>> {
-        Ok(match self.kernels.entry(kernels.as_ptr()) {
-            Entry::Occupied(entry) => entry.get().clone(),
-            Entry::Vacant(entry) => {
-                let list = PyList::new(self.py, kernel_list(kernels))?;
-                entry.insert(list).clone()
-            }
-        })
-    }
-
-    /// A dict with the quantizers of a module.
-    fn module_dict(&mut self, module: &ModulePlan) -> PyResult<Bound<'py, PyDict>> {
-        let py = self.py;
-        let dict = PyDict::new(py);
-        dict.set_item(intern!(py, "inputs"), self.slots(&module.inputs)?)?;
-        dict.set_item(intern!(py, "outputs"), self.slots(&module.outputs)?)?;
-        let kernels = self.kernels(&module.supported_kernels)?;
-        dict.set_item(intern!(py, "supported_kernels"), kernels)?;
-        Ok(dict)
-    }
-
-    fn quantizers(&self) -> PyResult<Bound<'py, PyList>> {
-        let py = self.py;
-        let mut made: HashMap<_, Bound<'py, PyDict>> = HashMap::new();
-        let list = PyList::empty(py);
-        for quantizer in &self.plan.quantizers {
-            let Some(quantizer) = quantizer else {
-                list.append(py.None())?;
-                continue;
-            };
+    /// Each kind of quantizer that occurs, once, as [`Self::quantizer`] gives it.
+    fn distinct_quantizers<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let mut known = HashSet::new();
+        let mut distinct = Vec::new();
+        for quantizer in self.plan.quantizers.iter().flatten() {
             let Quantizer {
                 format,
                 symmetric,
@@ -395,85 +377,137 @@ impl<'py, 'p> PlanWriter<'py, 'p> {
                 constraints,
             } = quantizer;
             let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
-            let dict = match made.entry((format, symmetric, shape, ends)) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => {
-                    let (dtype, bitwidth) = format_tuple(*format);
-                    let dict = PyDict::new(py);
-                    dict.set_item(intern!(py, "dtype"), dtype)?;
-                    dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
-                    dict.set_item(intern!(py, "symmetric"), symmetric)?;
-                    dict.set_item(intern!(py, "shape"), shape)?;
-                    dict.set_item(intern!(py, "constraints"), constraints)?;
-                    entry.insert(dict)
-                }
-            };
-            list.append(&*dict)?;
-        }
-        Ok(list)
-    }
-
-    fn plan(&mut self) -> PyResult<Bound<'py, PyDict>> {
-        let py = self.py;
-        let modules = PyList::empty(py);
-        for module in &self.plan.modules {
-            let declared = &self.graph.modules[module.module];
-            let dict = self.module_dict(module)?;
-            dict.set_item(intern!(py, "path"), &declared.path)?;
-            let params = PyDict::new(py);
-            for (param, slot) in declared
-                .params
-                .iter()
-                .zip(&self.plan.slots[module.params.clone()])
-            {
-                params.set_item(self.name(param.name), slot)?;
+            if known.insert((format, symmetric, shape, ends)) {
+                distinct.push(quantizer_dict(py, quantizer)?);
             }
-            dict.set_item(intern!(py, "params"), params)?;
-            modules.append(dict)?;
         }
-        let reused = self.plan.reused.iter();
-        let reused = reused.map(|&module| self.graph.modules[module].path.as_str());
-        let result = PyDict::new(py);
-        result.set_item(intern!(py, "quantizers"), self.quantizers()?)?;
-        result.set_item(intern!(py, "modules"), modules)?;
-        result.set_item(intern!(py, "reused"), PyList::new(py, reused)?)?;
-        Ok(result)
+        Ok(distinct)
     }
 
-    /// [`Self::plan`] with what there is to say of functional operations.
-    fn functional_plan(&mut self, functional: &FunctionalPlan) -> PyResult<Bound<'py, PyDict>> {
-        let py = self.py;
-        let result = self.plan()?;
-        let scopes: Vec<Bound<PyString>> = self
-            .graph
-            .scopes()
-            .iter()
-            .map(|path| PyString::new(py, path))
-            .collect();
-        let functions = PyList::empty(py);
-        for (op, module) in functional.ops() {
-            let dict = self.module_dict(module)?;
+    /// Modules as dicts: path, inputs, outputs and params (by name) with the numbers of their quantizers or `None`,
+    /// supported_kernels.
+    fn modules(slf: Bound<'_, Self>) -> PlanEntries {
+        PlanEntries::new(slf, false)
+    }
+
+    /// Functional operations as dicts: scope, function, turn, quantizes_weight, in_place, and inputs, outputs,
+    /// supported_kernels as of modules.
+    fn functions(slf: Bound<'_, Self>) -> PlanEntries {
+        PlanEntries::new(slf, true)
+    }
+
+    /// Functional operations left in floating point: ((scope, function, turn), reason).
+    fn left(&self) -> Vec<((&str, &str, usize), &str)> {
+        let scopes = self.graph.get().graph.scopes();
+        let left = self.functional.iter().flat_map(|(form, _)| &form.left);
+        left.map(|((scope, function, turn), reason)| {
+            let place = (scopes[*scope].as_str(), function.as_str(), *turn);
+            (place, reason.text())
+        })
+        .collect()
+    }
+
+    /// How often functions run in one forward of a module: (scope, function, number).
+    fn calls(&self) -> Vec<(&str, &str, usize)> {
+        let scopes = self.graph.get().graph.scopes();
+        let calls = self.functional.iter().flat_map(|(form, _)| &form.calls);
+        calls
+            .map(|(scope, function, count)| (scopes[*scope].as_str(), function.as_str(), *count))
+            .collect()
+    }
+}
+
+fn quantizer_dict<'py>(py: Python<'py>, quantizer: &Quantizer) -> PyResult<Bound<'py, PyDict>> {
+    let (dtype, bitwidth) = format_tuple(quantizer.format);
+    let dict = PyDict::new(py);
+    dict.set_item(intern!(py, "dtype"), dtype)?;
+    dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
+    dict.set_item(intern!(py, "symmetric"), quantizer.symmetric)?;
+    dict.set_item(intern!(py, "shape"), &quantizer.shape)?;
+    dict.set_item(intern!(py, "constraints"), quantizer.constraints)?;
+    Ok(dict)
+}
+
+/// Iterator over the modules or the functional operations of a plan.
+#[pyclass(module = "rimet._core")]
+pub struct PlanEntries {
+    plan: Py<Plan>,
+    functions: bool,
+    next: usize,
+    names: SymbolMap<Py<PyString>>,
+}
+
+impl PlanEntries {
+    fn new(plan: Bound<'_, Plan>, functions: bool) -> Self {
+        PlanEntries {
+            plan: plan.unbind(),
+            functions,
+            next: 0,
+            names: SymbolMap::default(),
+        }
+    }
+}
+
+#[pymethods]
+impl PlanEntries {
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let PlanEntries {
+            ref plan,
+            functions,
+            ref mut next,
+            ref mut names,
+        } = *self;
+        let Plan {
+            graph,
+            plan,
+            functional,
+        } = plan.get();
+        let graph = &graph.get().graph;
+        let mut name = |symbol: Symbol| {
+            names
+                .get_or_insert_with(symbol, || PyString::new(py, &symbol).unbind())
+                .clone_ref(py)
+        };
+        let (entries, form) = match (functions, functional) {
+            (false, _) => (&plan.modules, None),
+            (true, Some((form, entries))) => (entries, Some(form)),
+            (true, None) => return Ok(None),
+        };
+        let Some(entry) = entries.get(*next) else {
+            return Ok(None);
+        };
+        let dict = PyDict::new(py);
+        if let Some(form) = form {
+            let op = &form.ops[*next];
             let (scope, function, turn) = op.place;
-            dict.set_item(intern!(py, "scope"), &scopes[scope])?;
-            dict.set_item(intern!(py, "function"), self.name(function))?;
+            dict.set_item(intern!(py, "scope"), &graph.scopes()[scope])?;
+            dict.set_item(intern!(py, "function"), name(function))?;
             dict.set_item(intern!(py, "turn"), turn)?;
             dict.set_item(intern!(py, "quantizes_weight"), op.weight.is_some())?;
             dict.set_item(intern!(py, "in_place"), op.in_place)?;
-            functions.append(dict)?;
+        } else {
+            let module = &graph.modules[entry.module];
+            dict.set_item(intern!(py, "path"), &module.path)?;
+            let params = PyDict::new(py);
+            let slots = &plan.slots[entry.params.clone()];
+            for (param, slot) in module.params.iter().zip(slots) {
+                params.set_item(name(param.name), slot)?;
+            }
+            dict.set_item(intern!(py, "params"), params)?;
         }
-        result.set_item(intern!(py, "functions"), functions)?;
-        let left = PyList::empty(py);
-        for ((scope, function, turn), reason) in &functional.form.left {
-            let place = (&scopes[*scope], self.name(*function), turn);
-            left.append((place, reason.text()))?;
-        }
-        result.set_item(intern!(py, "left"), left)?;
-        let calls = PyList::empty(py);
-        for (scope, function, count) in &functional.form.calls {
-            calls.append((&scopes[*scope], self.name(*function), count))?;
-        }
-        result.set_item(intern!(py, "calls"), calls)?;
-        Ok(result)
+        let slots = |range: &Range<usize>| PyTuple::new(py, &plan.slots[range.clone()]);
+        dict.set_item(intern!(py, "inputs"), slots(&entry.inputs)?)?;
+        dict.set_item(intern!(py, "outputs"), slots(&entry.outputs)?)?;
+        dict.set_item(
+            intern!(py, "supported_kernels"),
+            kernel_list(&entry.supported_kernels),
+        )?;
+        *next += 1;
+        Ok(Some(dict))
     }
 }
 
@@ -584,6 +618,8 @@ fn passthrough_functions() -> Vec<&'static str> {
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<GraphBuilder>()?;
     module.add_class::<Graph>()?;
+    module.add_class::<Plan>()?;
+    module.add_class::<PlanEntries>()?;
     module.add_class::<QuantSimConfig>()?;
     module.add_function(wrap_pyfunction!(onnx_type_table, module)?)?;
     module.add_function(wrap_pyfunction!(module_op_type, module)?)?;
