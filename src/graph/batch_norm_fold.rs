@@ -57,10 +57,10 @@ pub fn find(graph: &Graph, fixed: &HashSet<ModuleId>, backward_only: &HashSet<Mo
         LAYERS.iter().find(|l| l.0 == class).map(|l| l.1)
     };
     let has_rank = |node: NodeId, rank: usize| {
-        graph.nodes[node]
-            .outputs
-            .first()
-            .is_some_and(|&t| graph.tensors[t].shape.len() == rank)
+        let mut outputs = graph.nodes[node].outputs.clone();
+        outputs
+            .next()
+            .is_some_and(|t| graph.tensors[t].shape.len() == rank)
     };
 
     let mut folds = Folds::default();

@@ -135,10 +135,9 @@ pub fn norm_linears(graph: &Graph, fixed: &HashSet<ModuleId>) -> Vec<(ModuleId, 
             .params
             .iter()
             .find(|p| p.name == "weight");
-        let [output] = entry.outputs[..] else {
+        let [tensor] = &graph.tensors[entry.outputs.clone()] else {
             continue;
         };
-        let tensor = &graph.tensors[output];
         if weight.is_none_or(|w| w.shape.len() != 1) || tensor.output.is_some() {
             continue;
         }
@@ -146,7 +145,7 @@ pub fn norm_linears(graph: &Graph, fixed: &HashSet<ModuleId>) -> Vec<(ModuleId, 
             .consumers
             .iter()
             .map(|&consumer| {
-                let inputs = &graph.nodes[consumer].inputs;
+                let inputs = graph.inputs(consumer);
                 free(consumer, &["nn.Linear"]).filter(|_| inputs.len() == 1)
             })
             .collect();

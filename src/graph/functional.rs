@@ -8,9 +8,10 @@
 //! before. Where that module runs several times, the calls of one place in its forward share their quantizers.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::symbol::Symbol;
-use super::{op_types, Graph, Input, Module, ModuleId, Node, NodeId, ScopeId, Source};
+use super::{op_types, Graph, Input, NodeId, ScopeId, Source};
 
 /// A place in the forward of a module: the module, the function, how often that had run before in this forward.
 pub type Place = (ScopeId, Symbol, usize);
@@ -19,8 +20,10 @@ pub type Place = (ScopeId, Symbol, usize);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FunctionalOp {
     pub place: Place,
-    /// Which inputs are tensors that an input quantizer may stand before.
-    pub inputs: Vec<bool>,
+    /// The class of modules that it counts as one of.
+    pub class: Symbol,
+    /// Its entries in [`ModuleForm::takes_quantizer`].
+    pub inputs: Range<usize>,
     /// Shape of the weight, if that is a parameter (`F.linear(x, self.weight)`); it is input 1.
     pub weight: Option<Vec<i64>>,
     /// The function wrote into its first argument.
@@ -58,13 +61,12 @@ impl Reason {
 /// The functional operations of a graph that are modules in its module form, as they can carry quantizers.
 #[derive(Debug, Clone)]
 pub struct ModuleForm {
-    /// Number of the first of [`Self::modules`]: they follow those of the graph.
-    first: ModuleId,
-    /// One per operation.
-    pub modules: Vec<Module>,
+    /// Their modules follow those of the graph.
     pub ops: Vec<FunctionalOp>,
-    /// Per node: the position of its module in `modules`.
-    module_of: Vec<Option<u32>>,
+    /// Per operation and input: whether it is a tensor that a quantizer may stand before.
+    pub takes_quantizer: Vec<bool>,
+    /// Per node: its number in `ops`.
+    op_of: Vec<Option<u32>>,
     /// Places left in floating point.
     pub left: Vec<(Place, Reason)>,
     /// Per module and function: the number of calls in one forward of that module.
@@ -72,9 +74,9 @@ pub struct ModuleForm {
 }
 
 impl ModuleForm {
-    /// The number of the module that a functional node has become.
-    pub fn module_of(&self, node: NodeId) -> Option<ModuleId> {
-        self.module_of[node].map(|position| self.first + position as usize)
+    /// The functional operation that a node is a call of, as its number in [`Self::ops`].
+    pub fn op_of(&self, node: NodeId) -> Option<usize> {
+        self.op_of[node].map(|op| op as usize)
     }
 }
 
@@ -103,14 +105,13 @@ fn is_float(dtype: &str) -> bool {
 }
 
 /// Whether a node makes a mask: it multiplies by, or adds, a number that nothing else is made of.
-fn makes_mask(node: &Node) -> bool {
-    matches!(
-        node.function.map(Symbol::as_str),
-        Some("add" | "sub" | "mul")
-    ) && node
-        .inputs
-        .iter()
-        .any(|input| input.value.is_some_and(|value| value.abs() >= 1e4))
+fn makes_mask(graph: &Graph, id: NodeId) -> bool {
+    let function = graph.nodes[id].function.map(Symbol::as_str);
+    matches!(function, Some("add" | "sub" | "mul"))
+        && graph
+            .inputs(id)
+            .iter()
+            .any(|input| input.value.is_some_and(|value| value.abs() >= 1e4))
 }
 
 /// Follows which tensors hold data, as opposed to what integers and constants alone determine.
@@ -137,19 +138,15 @@ impl<'g> DataFlow<'g> {
         flow
     }
 
-    fn has_data_input(&self, node: NodeId) -> bool {
-        let node = &self.graph.nodes[node];
-        if makes_mask(node) {
+    fn has_data_input(&self, id: NodeId) -> bool {
+        if makes_mask(self.graph, id) {
             return false;
         }
-        let has_params = node
+        let has_params = self.graph.nodes[id]
             .module
             .is_some_and(|m| !self.graph.modules[m].params.is_empty());
-        has_params
-            || node
-                .inputs
-                .iter()
-                .any(|input| input.tensor.is_some_and(|t| self.holds_data[t]))
+        let mut inputs = self.graph.inputs(id).iter();
+        has_params || inputs.any(|input| self.is_data(input))
     }
 
     fn is_data(&self, input: &Input) -> bool {
@@ -168,7 +165,8 @@ impl<'g> DataFlow<'g> {
             return Verdict::Other;
         };
         let traits = function.traits();
-        let outputs = || node.outputs.iter().map(|&t| &self.graph.tensors[t]);
+        let inputs = self.graph.inputs(id);
+        let outputs = || self.graph.tensors[node.outputs.clone()].iter();
         if traits.function_is_passthrough
             || traits.function_keeps_values
             || (traits.function_moves_data && op_types::module_of_function(&function).is_none())
@@ -176,15 +174,14 @@ impl<'g> DataFlow<'g> {
         {
             return Verdict::Other;
         }
-        if !node.inputs.iter().any(|input| input.tensor.is_some()) {
+        if !inputs.iter().any(|input| input.tensor.is_some()) {
             return Verdict::Other; // makes a tensor of numbers
         }
-        if !node.inputs.iter().any(|input| self.is_data(input)) || makes_mask(node) {
+        if !inputs.iter().any(|input| self.is_data(input)) || makes_mask(self.graph, id) {
             return Verdict::Leave(Reason::Constant);
         }
         let masks = matches!(function.as_str(), "add" | "sub")
-            && node
-                .inputs
+            && inputs
                 .iter()
                 .any(|input| self.is_float(input) && !self.is_data(input));
         if masks {
@@ -199,20 +196,15 @@ impl<'g> DataFlow<'g> {
         Verdict::Quantize
     }
 
-    /// Which inputs may have a quantizer of their own.
-    fn inputs(&self, node: &Node) -> Vec<bool> {
-        let slots = node.inputs.iter().map(|input| input.slot + 1).max();
-        let mut inputs = vec![false; slots.unwrap_or(0)];
-        for input in &node.inputs {
-            inputs[input.slot] = self.is_data(input);
-        }
-        if node
-            .function
-            .is_some_and(|f| f == "scaled_dot_product_attention")
-        {
-            inputs.truncate(3); // the fourth is a mask
-        }
-        inputs
+    /// How many inputs of a node can have a quantizer.
+    fn num_slots(&self, id: NodeId) -> usize {
+        let slots = self.graph.inputs(id).iter().map(|input| input.slot + 1);
+        let function = self.graph.nodes[id].function;
+        let attention = function.is_some_and(|f| f == "scaled_dot_product_attention");
+        slots
+            .max()
+            .unwrap_or(0)
+            .min(if attention { 3 } else { usize::MAX }) // the fourth is a mask
     }
 }
 
@@ -220,9 +212,10 @@ impl<'g> DataFlow<'g> {
 pub const WEIGHT: usize = 1;
 
 /// Shape of the weight of a functional layer, if it is a parameter.
-fn weight_shape(graph: &Graph, node: &Node) -> Option<Vec<i64>> {
-    op_types::layer_of_function(&node.function?)?;
-    let input = node.inputs.iter().find(|input| input.slot == WEIGHT)?;
+fn weight_shape(graph: &Graph, id: NodeId) -> Option<Vec<i64>> {
+    op_types::layer_of_function(&graph.nodes[id].function?)?;
+    let mut inputs = graph.inputs(id).iter();
+    let input = inputs.find(|input| input.slot == WEIGHT)?;
     let tensor = &graph.tensors[input.tensor?];
     matches!(tensor.source, Source::Parameter(_)).then(|| tensor.shape.clone())
 }
@@ -231,73 +224,86 @@ fn weight_shape(graph: &Graph, node: &Node) -> Option<Vec<i64>> {
 struct Called {
     scope: ScopeId,
     function: Symbol,
-    /// Per turn in a forward, its number in [`Places::nodes`].
+    /// Per turn in a forward, its number in [`Places::ends`].
     turns: Vec<Option<usize>>,
 }
 
 /// The places of a graph in the order in which they ran first.
-#[derive(Default)]
 struct Places {
-    /// Per place: what ran there.
-    nodes: Vec<Vec<NodeId>>,
+    /// Per place: what ran there first and last.
+    ends: Vec<(NodeId, NodeId)>,
+    /// Per node: what ran next at the same place.
+    next: Vec<Option<u32>>,
     functions: Vec<Called>,
 }
 
 impl Places {
     fn of(graph: &Graph) -> Self {
-        let mut places = Places::default();
+        let mut places = Places {
+            ends: Vec::new(),
+            next: vec![None; graph.nodes.len()],
+            functions: Vec::new(),
+        };
         let mut known: HashMap<(ScopeId, Symbol), usize> = HashMap::new();
         for (id, node) in graph.nodes.iter().enumerate() {
             let (Some(function), Some(scope)) = (node.function, node.scope) else {
                 continue;
             };
-            let next = places.functions.len();
-            let called = *known.entry((scope, function)).or_insert(next);
-            if called == next {
-                places.functions.push(Called {
+            let functions = &mut places.functions;
+            let called = *known.entry((scope, function)).or_insert_with(|| {
+                functions.push(Called {
                     scope,
                     function,
                     turns: Vec::with_capacity(1),
                 });
-            }
-            let turns = &mut places.functions[called].turns;
+                functions.len() - 1
+            });
+            let turns = &mut functions[called].turns;
             if node.turn >= turns.len() {
                 turns.resize(node.turn + 1, None);
             }
             match turns[node.turn] {
-                Some(place) => places.nodes[place].push(id),
+                Some(place) => {
+                    let last = &mut places.ends[place].1;
+                    places.next[*last] = Some(id as u32);
+                    *last = id;
+                }
                 None => {
-                    turns[node.turn] = Some(places.nodes.len());
-                    places.nodes.push(vec![id]);
+                    turns[node.turn] = Some(places.ends.len());
+                    places.ends.push((id, id));
                 }
             }
         }
         places
+    }
+
+    /// What ran at the place where `first` was the first.
+    fn nodes(&self, first: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(Some(first), |&node| self.next[node].map(|n| n as NodeId))
     }
 }
 
 /// What the functional operations of a graph become in its module form.
 pub fn module_form(graph: &Graph) -> ModuleForm {
     let flow = DataFlow::new(graph);
-    let Places { nodes, functions } = Places::of(graph);
+    let places = Places::of(graph);
+    let calls = places.functions.iter();
     let mut form = ModuleForm {
-        first: graph.modules.len(),
-        modules: Vec::new(),
-        ops: Vec::new(),
-        module_of: vec![None; graph.nodes.len()],
+        ops: Vec::with_capacity(places.ends.len()),
+        takes_quantizer: Vec::new(),
+        op_of: vec![None; graph.nodes.len()],
         left: Vec::new(),
-        calls: functions
-            .iter()
+        calls: calls
             .map(|called| (called.scope, called.function, called.turns.len()))
             .collect(),
     };
-    for nodes in nodes {
-        let first = &graph.nodes[nodes[0]];
-        let (Some(function), Some(scope)) = (first.function, first.scope) else {
+    for &(first, _) in &places.ends {
+        let node = &graph.nodes[first];
+        let (Some(function), Some(scope)) = (node.function, node.scope) else {
             continue;
         };
-        let place = (scope, function, first.turn);
-        let verdicts = nodes.iter().map(|&node| flow.verdict(node));
+        let place = (scope, function, node.turn);
+        let verdicts = places.nodes(first).map(|node| flow.verdict(node));
         match verdicts.reduce(Verdict::and) {
             Some(Verdict::Quantize) => {}
             Some(Verdict::Leave(reason)) => {
@@ -306,40 +312,30 @@ pub fn module_form(graph: &Graph) -> ModuleForm {
             }
             Some(Verdict::Other) | None => continue,
         }
-        let inputs = nodes
-            .iter()
-            .map(|&node| flow.inputs(&graph.nodes[node]))
-            .max_by_key(Vec::len)
-            .unwrap_or_default();
+        let widest = places.nodes(first).max_by_key(|&node| flow.num_slots(node));
+        let widest = widest.unwrap_or(first);
+        let start = form.takes_quantizer.len();
+        let end = start + flow.num_slots(widest);
+        form.takes_quantizer.resize(end, false);
+        for input in graph.inputs(widest) {
+            if let Some(takes) = form.takes_quantizer[start..].get_mut(input.slot) {
+                *takes = flow.is_data(input);
+            }
+        }
         let weight = weight_shape(graph, first);
         let class = op_types::layer_of_function(&function)
             .filter(|_| weight.is_some())
             .or_else(|| op_types::module_of_function(&function))
-            .map_or_else(
-                || format!("function.{function}").as_str().into(),
-                Symbol::new,
-            );
-        for &node in &nodes {
-            form.module_of[node] = Some(form.modules.len() as u32);
+            .map_or_else(|| Symbol::new(&format!("function.{function}")), Symbol::new);
+        for node in places.nodes(first) {
+            form.op_of[node] = Some(form.ops.len() as u32);
         }
-        form.modules.push(Module {
-            path: format!("{}({function} {})", graph.scope(nodes[0]), first.turn),
-            class,
-            params: Vec::new(),
-            groups: 1,
-            num_inputs: inputs.len(),
-            num_outputs: 1,
-            dynamic_inputs: true,
-            // What shares the memory of a result that was written in place has the same quantizer.
-            dynamic: !first.in_place,
-            quantizable: true,
-            calls: nodes,
-        });
         form.ops.push(FunctionalOp {
             place,
-            inputs,
+            class,
+            inputs: start..end,
             weight,
-            in_place: first.in_place,
+            in_place: node.in_place,
         });
     }
     form
@@ -375,7 +371,7 @@ mod tests {
             places(&form),
             [("relu", 0), ("add", 0), ("erf", 0), ("add", 1)]
         );
-        let classes: Vec<&str> = form.modules.iter().map(|m| m.class.as_str()).collect();
+        let classes: Vec<&str> = form.ops.iter().map(|op| op.class.as_str()).collect();
         assert_eq!(
             classes,
             ["nn.ReLU", "custom.Add", "custom.Erf", "custom.Add"]
@@ -402,7 +398,10 @@ mod tests {
         }
         let form = module_form(&net.finish(x));
         assert_eq!(places(&form), [("relu", 0), ("relu", 1)]);
-        assert_eq!(form.modules[0].calls, [0, 2]);
+        assert_eq!(
+            [0, 1, 2, 3].map(|node| form.op_of(node)),
+            [Some(0), Some(1)].repeat(2)[..]
+        );
     }
 
     #[test]
@@ -421,7 +420,8 @@ mod tests {
             builder
                 .call_function(name, "", inputs, float(), false)
                 .unwrap()
-                .1[0]
+                .1
+                .start
         };
         let scale = call("mul", vec![arg(mask)]);
         let masked = call("add", vec![arg(x), second(scale)]);

@@ -16,6 +16,7 @@ pub mod program;
 pub mod symbol;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -115,8 +116,10 @@ pub struct Node {
     /// quantizers of functional operations are matched by.
     #[serde(default)]
     pub turn: usize,
-    pub inputs: Vec<Input>,
-    pub outputs: Vec<TensorId>,
+    /// Where its inputs stand among those of all nodes, see [`Graph::inputs`].
+    inputs: Range<usize>,
+    /// The tensors that it made.
+    pub outputs: Range<TensorId>,
     /// The function wrote into one of its inputs.
     pub in_place: bool,
 }
@@ -127,6 +130,8 @@ pub struct Graph {
     pub modules: Vec<Module>,
     pub tensors: Vec<Tensor>,
     pub nodes: Vec<Node>,
+    /// Of all nodes, one after the other.
+    inputs: Vec<Input>,
     /// Path per scope.
     scopes: Vec<String>,
     by_path: HashMap<String, ModuleId>,
@@ -136,6 +141,11 @@ impl Graph {
     /// The module at `path`, if it was declared.
     pub fn module(&self, path: &str) -> Option<ModuleId> {
         self.by_path.get(path).copied()
+    }
+
+    /// The inputs of a node.
+    pub fn inputs(&self, id: NodeId) -> &[Input] {
+        &self.inputs[self.nodes[id].inputs.clone()]
     }
 
     /// The node that made tensor `id`.
@@ -240,7 +250,7 @@ impl GraphBuilder {
         path: &str,
         inputs: Vec<Input>,
         outputs: Vec<(Vec<i64>, Symbol)>,
-    ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
+    ) -> Result<(NodeId, Range<TensorId>), GraphError> {
         let module = self
             .graph
             .module(path)
@@ -256,11 +266,11 @@ impl GraphBuilder {
             op_type,
             call,
             turn: 0,
-            inputs,
-            outputs: Vec::new(),
+            inputs: 0..0,
+            outputs: 0..0,
             in_place: false,
         };
-        let (id, outputs) = self.push(node, outputs)?;
+        let (id, outputs) = self.push(node, inputs, outputs)?;
         self.graph.modules[module].calls.push(id);
         Ok((id, outputs))
     }
@@ -273,7 +283,7 @@ impl GraphBuilder {
         inputs: Vec<Input>,
         outputs: Vec<(Vec<i64>, Symbol)>,
         in_place: bool,
-    ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
+    ) -> Result<(NodeId, Range<TensorId>), GraphError> {
         let function = Symbol::new(op_types::canonical(name));
         let scope = self.scope_id(scope);
         let counter = self.function_calls.entry((scope, function)).or_insert(0);
@@ -297,11 +307,11 @@ impl GraphBuilder {
             scope: Some(scope),
             call,
             turn,
-            inputs,
-            outputs: Vec::new(),
+            inputs: 0..0,
+            outputs: 0..0,
             in_place,
         };
-        self.push(node, outputs)
+        self.push(node, inputs, outputs)
     }
 
     /// Says that tensor `id` is output `position` of the model.
@@ -331,14 +341,16 @@ impl GraphBuilder {
         id
     }
 
+    /// Adds a node with its inputs and outputs.
     fn push(
         &mut self,
         mut node: Node,
+        inputs: Vec<Input>,
         outputs: Vec<(Vec<i64>, Symbol)>,
-    ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
+    ) -> Result<(NodeId, Range<TensorId>), GraphError> {
         let id = self.graph.nodes.len();
         let known = self.graph.tensors.len();
-        for input in node.inputs.iter().filter_map(|input| input.tensor) {
+        for input in inputs.iter().filter_map(|input| input.tensor) {
             let tensor = self
                 .graph
                 .tensors
@@ -346,11 +358,14 @@ impl GraphBuilder {
                 .ok_or(GraphError::UnknownTensor { id: input, known })?;
             tensor.consumers.push(id);
         }
+        let first = self.graph.inputs.len();
+        self.graph.inputs.extend(inputs);
+        node.inputs = first..self.graph.inputs.len();
         for (position, (shape, dtype)) in outputs.into_iter().enumerate() {
-            let tensor = self.tensor(Source::Node(id, position), shape, dtype);
-            node.outputs.push(tensor);
+            self.tensor(Source::Node(id, position), shape, dtype);
         }
-        let outputs = node.outputs.clone();
+        let outputs = known..self.graph.tensors.len();
+        node.outputs = outputs.clone();
         self.graph.nodes.push(node);
         Ok((id, outputs))
     }
@@ -433,14 +448,19 @@ pub(crate) mod testing {
         }
         pub fn call(&mut self, path: &str, inputs: &[TensorId]) -> TensorId {
             let out = vec![(vec![1, 8, 8, 8], "float32".into())];
-            self.0.call_module(path, Self::args(inputs), out).unwrap().1[0]
+            self.0
+                .call_module(path, Self::args(inputs), out)
+                .unwrap()
+                .1
+                .start
         }
         pub fn function(&mut self, name: &str, inputs: &[TensorId]) -> TensorId {
             let out = vec![(vec![1, 8, 8, 8], "float32".into())];
             self.0
                 .call_function(name, "", Self::args(inputs), out, false)
                 .unwrap()
-                .1[0]
+                .1
+                .start
         }
         pub fn finish(mut self, output: TensorId) -> Graph {
             self.0.output(output, 0).unwrap();

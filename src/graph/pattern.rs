@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use super::functional::ModuleForm;
+use super::functional::{FunctionalOp, ModuleForm};
 use super::symbol::{Symbol, SymbolMap};
-use super::{Graph, Module, ModuleId, NodeId, Source, TensorId};
+use super::{Graph, Module, ModuleId, NodeId, Parameter, Source, TensorId};
 
 /// Where an input of a node comes from, looking through nodes that only hand their input on.
 ///
@@ -45,10 +45,69 @@ pub struct Argument {
 struct Row {
     op_type: Symbol,
     module: Option<u32>,
-    num_outputs: u32,
     moves_data: bool,
     arguments: Range<u32>,
     consumers: Range<u32>,
+}
+
+/// What placement asks of a module.
+#[derive(Debug, Clone, Copy)]
+pub struct ModuleRow {
+    pub class: Symbol,
+    pub quantizable: bool,
+    pub dynamic: bool,
+    pub dynamic_inputs: bool,
+    /// Quantizers that its twin holds.
+    pub num_inputs: u32,
+    pub num_outputs: u32,
+    /// The most that a call had; one, if it did not run.
+    pub recorded_inputs: u32,
+    pub recorded_outputs: u32,
+    pub num_calls: u32,
+    last_call: u32,
+}
+
+impl ModuleRow {
+    /// The node that was its last call, if it ran.
+    pub fn last_call(&self) -> Option<NodeId> {
+        (self.num_calls > 0).then_some(self.last_call as NodeId)
+    }
+}
+
+impl From<&Module> for ModuleRow {
+    fn from(module: &Module) -> Self {
+        ModuleRow {
+            class: module.class,
+            quantizable: module.quantizable,
+            dynamic: module.dynamic,
+            dynamic_inputs: module.dynamic_inputs,
+            num_inputs: module.num_inputs as u32,
+            num_outputs: module.num_outputs as u32,
+            recorded_inputs: 1,
+            recorded_outputs: 1,
+            num_calls: 0,
+            last_call: 0,
+        }
+    }
+}
+
+/// A module that computes the same.
+impl From<&FunctionalOp> for ModuleRow {
+    fn from(op: &FunctionalOp) -> Self {
+        ModuleRow {
+            class: op.class,
+            quantizable: true,
+            // What shares the memory of a result that was written in place has the same quantizer.
+            dynamic: !op.in_place,
+            dynamic_inputs: true,
+            num_inputs: op.inputs.len() as u32,
+            num_outputs: 1,
+            recorded_inputs: 1,
+            recorded_outputs: 1,
+            num_calls: 0,
+            last_call: 0,
+        }
+    }
 }
 
 /// The graph as patterns and placement see it. Made once, in time linear in the graph.
@@ -60,8 +119,8 @@ pub struct Flow<'g> {
     pub graph: &'g Graph,
     /// The functional operations that count as modules.
     form: Option<&'g ModuleForm>,
-    /// Per module: its class key.
-    classes: Vec<Symbol>,
+    /// Those of the graph, then the functional operations that count as modules.
+    pub modules: Vec<ModuleRow>,
     /// Per node.
     rows: Vec<Row>,
     arguments: Vec<Argument>,
@@ -86,16 +145,15 @@ impl<'g> Flow<'g> {
         let mut flow = Flow {
             graph,
             form,
-            classes: Vec::with_capacity(graph.modules.len()),
+            modules: graph.modules.iter().map(ModuleRow::from).collect(),
             rows: Vec::with_capacity(graph.nodes.len()),
             arguments: Vec::with_capacity(graph.nodes.len()),
             consumers: Vec::new(),
             ops: Vec::with_capacity(graph.nodes.len()),
             of_type: SymbolMap::default(),
         };
-        let functional = form.map_or(&[][..], |form| &form.modules);
-        let declared = graph.modules.iter().chain(functional);
-        flow.classes.extend(declared.map(|module| module.class));
+        let functional = form.iter().flat_map(|form| &form.ops);
+        flow.modules.extend(functional.map(ModuleRow::from));
         // Of the tensors that nodes made. The others are looked at where they are used.
         let mut origin_of: Vec<Option<Origin>> = vec![None; graph.tensors.len()];
         let origin_in = |known: &[Option<Origin>], tensor: TensorId| {
@@ -105,26 +163,36 @@ impl<'g> Flow<'g> {
             })
         };
         for (id, node) in graph.nodes.iter().enumerate() {
-            let functional = form.and_then(|form| form.module_of(id));
-            let op_type = match functional {
-                Some(module) => flow.classes[module].module_op_type(),
+            let op = form.and_then(|form| form.op_of(id));
+            let module = op.map_or(node.module, |op| Some(graph.modules.len() + op));
+            let op_type = match op {
+                Some(op) => flow.modules[graph.modules.len() + op]
+                    .class
+                    .module_op_type(),
                 None => node.op_type,
             };
+            let inputs = graph.inputs(id);
+            if let Some(module) = module {
+                let row = &mut flow.modules[module];
+                row.num_calls += 1;
+                row.last_call = id as u32;
+                let slots = inputs.iter().map(|input| input.slot as u32 + 1);
+                row.recorded_inputs = slots.fold(row.recorded_inputs, u32::max);
+                row.recorded_outputs = row.recorded_outputs.max(node.outputs.len() as u32);
+            }
             let moves_data = node.function.is_some_and(|function| {
                 let traits = function.traits();
                 traits.function_moves_data || (form.is_some() && traits.function_keeps_values)
             });
             let first = flow.arguments.len() as u32;
             if graph.is_passthrough(id) {
-                let input = node.inputs.iter().find_map(|input| input.tensor);
+                let input = inputs.iter().find_map(|input| input.tensor);
                 let origin = input.map_or(Origin::Root(None), |t| origin_in(&origin_of, t));
-                for &output in &node.outputs {
-                    origin_of[output] = Some(origin);
-                }
+                origin_of[node.outputs.clone()].fill(Some(origin));
             } else {
                 flow.ops.push(id);
                 flow.of_type.get_or_insert_with(op_type, Vec::new).push(id);
-                for input in &node.inputs {
+                for input in inputs {
                     let origin = input
                         .tensor
                         .map_or(Origin::Number, |t| origin_in(&origin_of, t));
@@ -134,14 +202,14 @@ impl<'g> Flow<'g> {
                     let slot = input.slot as u32;
                     flow.arguments.push(Argument { origin, slot });
                 }
-                for (position, &output) in node.outputs.iter().enumerate() {
-                    origin_of[output] = Some(Origin::Node(id as u32, position as u32));
+                let outputs = origin_of[node.outputs.clone()].iter_mut();
+                for (position, origin) in (0..).zip(outputs) {
+                    *origin = Some(Origin::Node(id as u32, position));
                 }
             }
             flow.rows.push(Row {
                 op_type,
-                module: functional.or(node.module).map(|module| module as u32),
-                num_outputs: node.outputs.len() as u32,
+                module: module.map(|module| module as u32),
                 moves_data,
                 arguments: first..flow.arguments.len() as u32,
                 consumers: 0..0,
@@ -203,31 +271,29 @@ impl<'g> Flow<'g> {
         arguments.filter_map(|argument| argument.origin.producer())
     }
 
-    pub fn num_modules(&self) -> usize {
-        self.classes.len()
-    }
-
-    pub fn num_outputs(&self, node: NodeId) -> usize {
-        self.rows[node].num_outputs as usize
-    }
-
     /// The module of a node.
     pub fn module(&self, node: NodeId) -> Option<ModuleId> {
         self.rows[node].module.map(|module| module as ModuleId)
     }
 
-    /// What was declared of a module.
-    pub fn declared(&self, module: ModuleId) -> &'g Module {
-        let own = &self.graph.modules;
-        match (own.get(module), self.form) {
-            (None, Some(form)) => &form.modules[module - own.len()],
-            _ => &own[module],
-        }
+    /// The parameters of a module; a functional operation owns none.
+    pub fn params(&self, module: ModuleId) -> &'g [Parameter] {
+        self.graph
+            .modules
+            .get(module)
+            .map_or(&[], |declared| &declared.params)
     }
 
-    /// Class keys of all modules: those of the graph, then the functional operations that count as modules.
-    pub fn classes(&self) -> &[Symbol] {
-        &self.classes
+    /// What a module is, for error messages.
+    pub fn path(&self, module: ModuleId) -> String {
+        let own = &self.graph.modules;
+        match (own.get(module), self.form) {
+            (None, Some(form)) => {
+                let (scope, function, turn) = form.ops[module - own.len()].place;
+                format!("{}({function} {turn})", self.graph.scopes()[scope])
+            }
+            _ => own[module].path.clone(),
+        }
     }
 
     /// Whether a module is a functional operation.
@@ -259,7 +325,7 @@ impl<'g> Flow<'g> {
 
     /// The class key of the module of a node.
     pub fn class(&self, node: NodeId) -> Option<Symbol> {
-        self.module(node).map(|module| self.classes[module])
+        self.module(node).map(|module| self.modules[module].class)
     }
 
     /// All chains of the given operator types, longest pattern first, in order of execution, no node in two
@@ -306,23 +372,22 @@ impl<'g> Flow<'g> {
     pub fn sole_consumer(&self, node: NodeId) -> Option<NodeId> {
         let mut node = node;
         loop {
-            let [output] = self.graph.nodes[node].outputs[..] else {
+            let outputs = self.graph.nodes[node].outputs.clone();
+            let [tensor] = &self.graph.tensors[outputs.clone()] else {
                 return None;
             };
-            let tensor = &self.graph.tensors[output];
             let ([next], None) = (&tensor.consumers[..], tensor.output) else {
                 return None;
             };
-            if self.graph.nodes[*next].inputs.first()?.tensor != Some(output) {
+            if self.graph.inputs(*next).first()?.tensor != Some(outputs.start) {
                 return None;
             }
             if !self.graph.is_passthrough(*next) {
                 return Some(*next);
             }
-            let [handed_on] = self.graph.nodes[*next].outputs[..] else {
+            let [same] = &self.graph.tensors[self.graph.nodes[*next].outputs.clone()] else {
                 return None;
             };
-            let same = &self.graph.tensors[handed_on];
             let transposed = self.graph.nodes[*next].function.is_some_and(|f| f == "t");
             if transposed || (&same.shape, &same.dtype) != (&tensor.shape, &tensor.dtype) {
                 return None;

@@ -18,11 +18,11 @@ use super::config::{Config, Dtype, Format, OpRule};
 use super::error::ConfigError;
 use super::functional::{self, ModuleForm};
 use super::op_types;
-use super::pattern::{Flow, Origin};
+use super::pattern::{Flow, ModuleRow, Origin};
 use super::symbol::Symbol;
-use super::{Graph, Module, ModuleId, NodeId};
+use super::{Graph, ModuleId, NodeId, Parameter};
 
-pub use plan::{ModulePlan, Plan, Quantizer, QuantizerId};
+pub use plan::{Granularity, ModulePlan, Plan, Quantizer, QuantizerId};
 use rules::{ParamName, Rules};
 use section::{Change, Group, Section};
 
@@ -43,7 +43,7 @@ pub type Constraints = (f64, Option<f64>);
 /// [`ConfigError::Unsupported`] for strict or unsigned symmetric grids.
 pub fn place(graph: &Graph, config: &Config, defaults: Defaults) -> Result<Plan, ConfigError> {
     let flow = Flow::new(graph);
-    place_by(&Rules::new(config, flow.classes()), &flow, defaults)
+    place_by(&Rules::new(config, &flow), &flow, defaults)
 }
 
 fn place_by(rules: &Rules, flow: &Flow, defaults: Defaults) -> Result<Plan, ConfigError> {
@@ -88,18 +88,22 @@ pub fn place_functional(
 ) -> Result<FunctionalPlan, ConfigError> {
     let form = functional::module_form(graph);
     let flow = Flow::in_module_form(graph, &form);
-    let rules = Rules::new(config, flow.classes());
+    let rules = Rules::new(config, &flow);
     let mut plan = place_by(&rules, &flow, defaults)?;
     let own = |module: &ModulePlan| !flow.is_functional(module.module);
     let mut functions = plan.modules.split_off(plan.modules.partition_point(own));
     for (op, module) in form.ops.iter().zip(&mut functions) {
         module.inputs.end = module.inputs.end.min(module.inputs.start + op.inputs.len());
-        for (slot, &may) in plan.slots[module.inputs.clone()].iter_mut().zip(&op.inputs) {
+        let takes_quantizer = &form.takes_quantizer[op.inputs.clone()];
+        for (slot, &may) in plan.slots[module.inputs.clone()]
+            .iter_mut()
+            .zip(takes_quantizer)
+        {
             *slot = slot.filter(|_| may);
         }
         let weight = module.inputs.start + functional::WEIGHT;
         if let (Some(shape), true) = (&op.weight, weight < module.inputs.end) {
-            let class = flow.declared(module.module).class;
+            let class = flow.modules[module.module].class;
             let quantizer = weight_quantizer(&rules, class, shape, defaults.param);
             plan.slots[weight] = quantizer.map(|quantizer| {
                 plan.quantizers.push(Some(quantizer));
@@ -126,24 +130,26 @@ fn weight_quantizer(
     setting.enabled.then(|| Quantizer {
         symmetric: setting.symmetric,
         format,
-        shape: match rules.per_channel {
-            true => channel_shape(class, ParamName::Weight, shape),
-            false => Vec::new(),
+        granularity: match rules.per_channel {
+            true => per_channel(class, ParamName::Weight, shape),
+            false => Granularity::PerTensor,
         },
         constraints: None,
     })
 }
 
-/// Shape of the encodings of a parameter with one per output channel.
-fn channel_shape(class: Symbol, param: ParamName, shape: &[i64]) -> Vec<i64> {
+/// One encoding per output channel of a parameter.
+fn per_channel(class: Symbol, param: ParamName, shape: &[i64]) -> Granularity {
     let transposed = class.starts_with("nn.ConvTranspose") && param == ParamName::Weight;
     let axis = usize::from(transposed);
-    let mut encodings = vec![1; shape.len()];
-    match (encodings.get_mut(axis), shape.get(axis)) {
-        (Some(size), Some(&channels)) => *size = channels,
-        _ => encodings.clear(),
+    match shape.get(axis) {
+        Some(&channels) => Granularity::PerChannel {
+            rank: shape.len(),
+            axis,
+            channels,
+        },
+        None => Granularity::PerTensor,
     }
-    encodings
 }
 
 /// Index into [`Placement::candidates`].
@@ -215,11 +221,11 @@ impl<'a, 'c> Placement<'a, 'c> {
         let mut this = Placement {
             flow,
             rules,
-            candidates: Vec::with_capacity(4 * flow.num_modules()),
-            slots: Vec::with_capacity(flow.num_modules()),
+            candidates: Vec::with_capacity(4 * flow.modules.len()),
+            slots: Vec::with_capacity(flow.modules.len()),
         };
-        for module in 0..flow.num_modules() {
-            let slots = this.add_candidates(flow.declared(module), defaults);
+        for (module, row) in flow.modules.iter().enumerate() {
+            let slots = this.add_candidates(row, flow.params(module), defaults);
             this.slots.push(slots);
         }
         this
@@ -227,8 +233,12 @@ impl<'a, 'c> Placement<'a, 'c> {
 
     /// Adds the candidates of a module. Those of parameters are as the rules want them, since nothing but the
     /// exceptions of the target changes them later.
-    fn add_candidates(&mut self, module: &Module, defaults: Defaults) -> Slots {
-        let flow = self.flow;
+    fn add_candidates(
+        &mut self,
+        module: &ModuleRow,
+        params: &[Parameter],
+        defaults: Defaults,
+    ) -> Slots {
         let here = |this: &Self| this.candidates.len() as u32;
         let inputs = here(self);
         let rules = self.rules.of_class(module.class);
@@ -240,13 +250,6 @@ impl<'a, 'c> Placement<'a, 'c> {
                 end: inputs,
             };
         };
-        // A module that did not run is taken to have one input and one output.
-        let (mut num_inputs, mut num_outputs) = (1, 1);
-        for &node in &module.calls {
-            let slots = flow.arguments(node).iter().map(|a| a.slot as usize + 1);
-            num_inputs = slots.fold(num_inputs, usize::max);
-            num_outputs = num_outputs.max(flow.num_outputs(node));
-        }
         let candidate = Candidate {
             enabled: false,
             symmetric: false,
@@ -259,8 +262,9 @@ impl<'a, 'c> Placement<'a, 'c> {
             self.candidates.resize(end, candidate);
             end as u32
         };
-        let (outputs, params) = (add(num_inputs), add(num_outputs));
-        self.candidates.extend(module.params.iter().map(|param| {
+        let outputs = add(module.recorded_inputs as usize);
+        let first_param = add(module.recorded_outputs as usize);
+        self.candidates.extend(params.iter().map(|param| {
             let name = ParamName::of(param.name);
             let setting = rules.param(name);
             Candidate {
@@ -274,7 +278,7 @@ impl<'a, 'c> Placement<'a, 'c> {
         Slots {
             inputs,
             outputs,
-            params,
+            params: first_param,
             end: here(self),
         }
     }
@@ -282,16 +286,16 @@ impl<'a, 'c> Placement<'a, 'c> {
     /// What a quantizer is, for error messages.
     fn name(&self, id: CandidateId) -> String {
         for (module, slots) in self.slots.iter().enumerate() {
-            let Module { path, params, .. } = self.flow.declared(module);
+            let path = || self.flow.path(module);
             let index = |ids: Range<CandidateId>| ids.contains(&id).then(|| id - ids.start);
             if let Some(i) = index(slots.inputs()) {
-                return format!("input {i} of {path}");
+                return format!("input {i} of {}", path());
             }
             if let Some(i) = index(slots.outputs()) {
-                return format!("output {i} of {path}");
+                return format!("output {i} of {}", path());
             }
             if let Some(i) = index(slots.params()) {
-                return format!("{path}.{}", params[i].name);
+                return format!("{}.{}", path(), self.flow.params(module)[i].name);
             }
         }
         format!("quantizer {id}")
@@ -342,8 +346,8 @@ impl<'a, 'c> Placement<'a, 'c> {
     fn apply_op_rules(&mut self) -> Result<(), ConfigError> {
         let rules = self.rules;
         let mut section = self.new_section();
-        for (module, &class) in self.flow.classes().iter().enumerate() {
-            let of_class = rules.of_class(class);
+        for (module, row) in self.flow.modules.iter().enumerate() {
+            let of_class = rules.of_class(row.class);
             for rule in of_class
                 .filter(|_| self.is_quantized(module))
                 .map_or(&[][..], |r| &r.op_rules)
@@ -500,7 +504,9 @@ impl<'a, 'c> Placement<'a, 'c> {
         let mut folded = flow.chains(&fold, &[], |_| false);
         // A grouped transposed convolution cannot take up a batch norm.
         folded.retain(|chain| {
-            let module = flow.module(chain[0]).map(|m| flow.declared(m));
+            let module = flow
+                .module(chain[0])
+                .and_then(|m| flow.graph.modules.get(m));
             !module.is_some_and(|m| m.class == "nn.ConvTranspose2d" && m.groups != 1)
         });
         let norms: Vec<NodeId> = folded.iter().map(|chain| chain[1]).collect();
@@ -551,7 +557,8 @@ impl<'a, 'c> Placement<'a, 'c> {
         if !matches!(op_type.as_str(), "Conv" | "ConvTranspose") {
             return false;
         }
-        let Some(module) = self.flow.module(node).map(|m| self.flow.declared(m)) else {
+        let modules = &self.flow.graph.modules;
+        let Some(module) = self.flow.module(node).and_then(|m| modules.get(m)) else {
             return false;
         };
         let Some(weight) = module.params.iter().find(|p| p.name == "weight") else {
@@ -620,14 +627,14 @@ impl<'a, 'c> Placement<'a, 'c> {
     fn apply_exceptions(&mut self) {
         let hw = self.rules.config.hw_version.as_deref();
         let old = matches!(hw, Some("V66" | "V68" | "V69"));
-        for (module, &class) in self.flow.classes().iter().enumerate() {
+        for (module, row) in self.flow.modules.iter().enumerate() {
             if !self.is_quantized(module) {
                 continue;
             }
             let params = self.slots[module].params();
             let is_weight =
                 |&id: &CandidateId| self.candidates[id].param == Some(ParamName::Weight);
-            match class.as_str() {
+            match row.class.as_str() {
                 "nn.Embedding" if hw.is_some() && !old => {
                     if let Some(weight) = params.clone().find(is_weight) {
                         self.copy_output_format(module, weight);
@@ -645,7 +652,7 @@ impl<'a, 'c> Placement<'a, 'c> {
                     }
                 }
                 "custom.MatMul" | "custom.Outer" if hw.is_some() => {
-                    if let Some(&node) = self.flow.declared(module).calls.last() {
+                    if let Some(node) = row.last_call() {
                         self.apply_matmul_exception(module, node, old);
                     }
                 }
@@ -731,7 +738,7 @@ impl<'a, 'c> Placement<'a, 'c> {
                 Some("custom.Divide") => false,
                 _ => continue,
             };
-            let [left, right] = &self.flow.graph.nodes[node].inputs[..] else {
+            let [left, right] = self.flow.graph.inputs(node) else {
                 continue;
             };
             let (input, factor) = if multiply && right.value.is_none() {
@@ -779,7 +786,7 @@ impl<'a, 'c> Placement<'a, 'c> {
             candidate.enabled.then(|| Quantizer {
                 symmetric: candidate.symmetric,
                 format: candidate.format,
-                shape: Vec::new(),
+                granularity: Granularity::PerTensor,
                 constraints: candidate.constraints.copied(),
             })
         };
@@ -789,34 +796,34 @@ impl<'a, 'c> Placement<'a, 'c> {
             modules: Vec::with_capacity(self.slots.len()),
             ..Plan::default()
         };
-        for (id, slots) in self.slots.iter().enumerate() {
-            let module = self.flow.declared(id);
+        for (id, (slots, module)) in self.slots.iter().zip(&self.flow.modules).enumerate() {
             let rules = self.rules.of_class(module.class);
             let Some(rules) = rules.filter(|_| !slots.is_empty()) else {
                 continue;
             };
-            let ran = !module.calls.is_empty();
+            let ran = module.num_calls > 0;
             if rules.per_channel && ran {
-                for (param, id) in module.params.iter().zip(slots.params()) {
+                for (param, id) in self.flow.params(id).iter().zip(slots.params()) {
                     if let Some(quantizer) = &mut plan.quantizers[id] {
                         let name = ParamName::of(param.name);
-                        quantizer.shape = channel_shape(module.class, name, &param.shape);
+                        quantizer.granularity = per_channel(module.class, name, &param.shape);
                     }
                 }
             }
+            let (inputs, outputs) = (slots.inputs(), slots.outputs());
             let num_inputs = match (module.dynamic, module.dynamic_inputs) {
-                (true, _) => slots.inputs().len(),
-                (false, true) => module.num_inputs.max(slots.inputs().len()),
-                (false, false) => module.num_inputs,
+                (true, _) => inputs.len(),
+                (false, true) => inputs.len().max(module.num_inputs as usize),
+                (false, false) => module.num_inputs as usize,
             };
             let num_outputs = match module.dynamic {
-                true => slots.outputs().len(),
-                false => module.num_outputs,
+                true => outputs.len(),
+                false => module.num_outputs as usize,
             };
             let module_plan = ModulePlan {
                 module: id,
-                inputs: plan.add_slots(slots.inputs(), num_inputs),
-                outputs: plan.add_slots(slots.outputs(), num_outputs),
+                inputs: plan.add_slots(inputs, num_inputs),
+                outputs: plan.add_slots(outputs, num_outputs),
                 params: plan.add_slots(slots.params(), slots.params().len()),
                 supported_kernels: match ran {
                     true => rules.kernels.clone(),
@@ -841,7 +848,7 @@ impl Operator {
     /// The node whose edges count; none of a module that did not run.
     fn node(self, flow: &Flow) -> Option<NodeId> {
         match self {
-            Operator::Module(module) => flow.declared(module).calls.last().copied(),
+            Operator::Module(module) => flow.modules[module].last_call(),
             Operator::Function(node) => Some(node),
         }
     }
@@ -951,7 +958,7 @@ mod tests {
         assert_eq!(show(&plan, "fc"), "-ow-");
         let weight = plan.quantizer(plan.params("conv2")[0]);
         assert_eq!(
-            (weight.shape.clone(), weight.symmetric, weight.format),
+            (weight.granularity.shape(), weight.symmetric, weight.format),
             (vec![8, 1, 1, 1], true, int(4))
         );
     }

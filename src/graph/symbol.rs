@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::ops::Deref;
-use std::sync::{LazyLock, OnceLock, PoisonError, RwLock};
+use std::sync::{LazyLock, PoisonError, RwLock};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -22,7 +22,8 @@ struct Entry {
     text: Box<str>,
     index: usize,
     traits: Traits,
-    module_op_type: OnceLock<Symbol>,
+    /// `None`: this very name.
+    module_op_type: Option<Symbol>,
 }
 
 type Vocabulary = RwLock<HashMap<&'static str, Symbol>>;
@@ -34,6 +35,8 @@ impl Symbol {
         if let Some(symbol) = Self::get(text) {
             return symbol;
         }
+        let op_type = op_types::module_op_type(text);
+        let module_op_type = (op_type != text).then(|| Symbol::new(op_type));
         let mut known = VOCABULARY.write().unwrap_or_else(PoisonError::into_inner);
         // Another thread may have been faster.
         if let Some(symbol) = known.get(text) {
@@ -43,7 +46,7 @@ impl Symbol {
             text: text.into(),
             index: known.len(),
             traits: Traits::of(text),
-            module_op_type: OnceLock::new(),
+            module_op_type,
         }));
         known.insert(&entry.text, Symbol(entry));
         Symbol(entry)
@@ -66,8 +69,7 @@ impl Symbol {
 
     /// Operator type of the nodes of a module of this class, see [`op_types::module_op_type`].
     pub fn module_op_type(self) -> Symbol {
-        let op_type = || Symbol::new(op_types::module_op_type(self.as_str()));
-        *self.0.module_op_type.get_or_init(op_type)
+        self.0.module_op_type.unwrap_or(self)
     }
 }
 

@@ -141,7 +141,8 @@ impl GraphBuilder {
         Ok(self
             .builder
             .call_module(path, inputs(args), outputs(results))?
-            .1)
+            .1
+            .collect())
     }
 
     fn call_function(
@@ -155,7 +156,8 @@ impl GraphBuilder {
         Ok(self
             .builder
             .call_function(name, scope, inputs(args), outputs(results), in_place)?
-            .1)
+            .1
+            .collect())
     }
 
     fn output(&mut self, tensor: usize, position: usize) -> PyResult<()> {
@@ -233,13 +235,14 @@ impl Graph {
             dict.set_item("op_type", node.op_type.as_str())?;
             dict.set_item("call", node.call)?;
             dict.set_item("turn", node.turn)?;
-            let inputs: Vec<_> = node
-                .inputs
+            let inputs: Vec<_> = self
+                .graph
+                .inputs(id)
                 .iter()
                 .map(|i| (i.slot, i.tensor, i.value))
                 .collect();
             dict.set_item("inputs", inputs)?;
-            dict.set_item("outputs", &node.outputs)?;
+            dict.set_item("outputs", PyList::new(py, node.outputs.clone())?)?;
             dict.set_item("in_place", node.in_place)?;
             dict.set_item("passthrough", self.graph.is_passthrough(id))?;
             list.append(dict)?;
@@ -373,11 +376,11 @@ impl Plan {
             let Quantizer {
                 format,
                 symmetric,
-                shape,
+                granularity,
                 constraints,
             } = quantizer;
             let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
-            if known.insert((format, symmetric, shape, ends)) {
+            if known.insert((format, symmetric, granularity, ends)) {
                 distinct.push(quantizer_dict(py, quantizer)?);
             }
         }
@@ -423,7 +426,7 @@ fn quantizer_dict<'py>(py: Python<'py>, quantizer: &Quantizer) -> PyResult<Bound
     dict.set_item(intern!(py, "dtype"), dtype)?;
     dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
     dict.set_item(intern!(py, "symmetric"), quantizer.symmetric)?;
-    dict.set_item(intern!(py, "shape"), &quantizer.shape)?;
+    dict.set_item(intern!(py, "shape"), quantizer.granularity.shape())?;
     dict.set_item(intern!(py, "constraints"), quantizer.constraints)?;
     Ok(dict)
 }

@@ -9,13 +9,39 @@ use crate::graph::pattern::{Flow, Origin};
 use crate::graph::symbol::Symbol;
 use crate::graph::{ModuleId, NodeId};
 
+/// What shares an encoding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Granularity {
+    PerTensor,
+    PerChannel {
+        rank: usize,
+        axis: usize,
+        channels: i64,
+    },
+}
+
+impl Granularity {
+    /// Shape of the encodings; empty for one per tensor.
+    pub fn shape(self) -> Vec<i64> {
+        match self {
+            Granularity::PerTensor => Vec::new(),
+            Granularity::PerChannel {
+                rank,
+                axis,
+                channels,
+            } => (0..rank)
+                .map(|i| if i == axis { channels } else { 1 })
+                .collect(),
+        }
+    }
+}
+
 /// One quantizer to be made.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Quantizer {
     pub symmetric: bool,
     pub format: Format,
-    /// Shape of the encodings; empty for one encoding per tensor.
-    pub shape: Vec<i64>,
+    pub granularity: Granularity,
     /// Fixed minimum and maximum of the range.
     pub constraints: Option<Constraints>,
 }
@@ -63,7 +89,7 @@ impl Plan {
             } else {
                 let last = ids.clone().last().and_then(|last| self.enabled(last));
                 last.map(|last| {
-                    self.quantizers.push(self.quantizers[last].clone());
+                    self.quantizers.push(self.quantizers[last]);
                     self.quantizers.len() - 1
                 })
             };
@@ -95,10 +121,11 @@ impl Plan {
                 ref outputs,
                 ..
             } = self.modules[index];
-            let declared = flow.declared(module);
             // A functional operation has quantizers for each place in a forward; only the calls of one place
             // in several forwards share them.
-            if declared.calls.len() < 2 || !declared.params.is_empty() || flow.is_functional(module)
+            if flow.modules[module].num_calls < 2
+                || !flow.params(module).is_empty()
+                || flow.is_functional(module)
             {
                 continue;
             }
@@ -118,7 +145,7 @@ impl Plan {
     /// Lets the producers of certain operators' inputs use the operator's output quantizer: all inputs of a Concat
     /// must be on one grid, and what a Relu cuts off needs no room in the grid before it.
     pub(super) fn tie_grids(&mut self, flow: &Flow, config: &Config) {
-        let mut plan_of = vec![None; flow.num_modules()];
+        let mut plan_of = vec![None; flow.modules.len()];
         for (index, module) in self.modules.iter().enumerate() {
             plan_of[module.module] = Some(index);
         }

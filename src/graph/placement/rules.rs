@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::graph::config::{Config, Kernel, OpRule};
 use crate::graph::op_types;
+use crate::graph::pattern::Flow;
 use crate::graph::symbol::{Symbol, SymbolMap};
 
 /// As far as rules tell parameters apart: only weights and biases can have rules of their own.
@@ -84,8 +85,8 @@ pub struct Rules<'c> {
 }
 
 impl<'c> Rules<'c> {
-    /// `classes`: those of the modules that the rules are for.
-    pub fn new(config: &'c Config, classes: &[Symbol]) -> Self {
+    /// The rules for the modules of `flow`.
+    pub fn new(config: &'c Config, flow: &Flow) -> Self {
         let mut rules = Rules {
             config,
             by_op_type: HashMap::new(),
@@ -94,7 +95,7 @@ impl<'c> Rules<'c> {
         // Each class once, in the order of its last module.
         let mut seen: SymbolMap<()> = SymbolMap::default();
         let mut distinct = Vec::new();
-        for &class in classes.iter().rev() {
+        for class in flow.modules.iter().rev().map(|module| module.class) {
             if seen.get(class).is_none() {
                 seen.get_or_insert_with(class, || ());
                 distinct.push(class);
@@ -114,7 +115,7 @@ impl<'c> Rules<'c> {
         self.by_op_type.get(op_type).copied()
     }
 
-    /// The rules for a class, one of those that [`Self::new`] was given.
+    /// The rules for the class of a module.
     pub fn of_class(&self, class: Symbol) -> Option<&ClassRules<'c>> {
         self.of_class.get(class)
     }
