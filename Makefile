@@ -76,7 +76,7 @@ test-rust: $(VENV)/.installed ## the engine's tests, without Python
 sanitize: $(VENV)/.installed ## AddressSanitizer over the tests of kernels and encodings
 	@echo "== cargo test with AddressSanitizer (the first time builds torch's C++ API once more)"
 	$(WITH_TORCH) RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 PROPTEST_CASES=16 \
-		cargo test --release --locked --quiet --lib --target $(HOST) --target-dir target/sanitize -- kernels encoding --skip nvrtc
+		cargo test --release --locked --quiet --lib --target $(HOST) --target-dir target/sanitize -- kernels encoding row_combinations matrix_products --skip nvrtc
 
 # OpenMP's threads wait for work by spinning: on a machine that others use, too, tests of small tensors then
 # take twenty times as long.

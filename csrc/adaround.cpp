@@ -90,12 +90,24 @@ struct StepArgs {
   }
 };
 
+// Whether two dense tensors of one shape have their elements in one order. The stride of a
+// dimension of one element is anything: that of a depthwise convolution's weight differs between
+// memory formats.
+bool same_order(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 template <class Kernel>
 void run_step(const AffineArgs& args, const StepArgs& s, const Tensor& grad, const Tensor& input,
               const Tensor& scale, const Tensor& offset, Kernel&& kernel) {
   s.check(grad, input);
   for (const Tensor* tensor : {&s.alpha, &s.exp_avg, &s.exp_avg_sq, &s.output}) {
-    TORCH_CHECK_VALUE(input.is_non_overlapping_and_dense() && tensor->strides() == input.strides(),
+    TORCH_CHECK_VALUE(input.is_non_overlapping_and_dense() && same_order(*tensor, input),
                       "rimet::adaround_step_: expected dense tensors of one layout, got strides ",
                       input.strides(), " and ", tensor->strides());
   }

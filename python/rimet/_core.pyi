@@ -15,6 +15,7 @@ __all__ = [
     "absorb_bias",
     "batch_norm_affine",
     "canonical_function",
+    "check_adaround_settings",
     "correct_bias_analytically",
     "correct_bias_empirically",
     "cpu_isa",
@@ -248,6 +249,15 @@ def adaround_layer(
     progress: Any = ...,
 ) -> dict[str, Any]: ...
 def adaround_learning_rate(num_iterations: int) -> float: ...
+def check_adaround_settings(
+    *,
+    num_iterations: int,
+    reg_param: float,
+    beta_range: tuple[float, float],
+    warm_start: float,
+    learning_rate: float,
+    early_stop: float | None,
+) -> None: ...
 def absorb_bias(first: Any, second: Any, gamma_beta: Any, factor: Any, activation: Any) -> Any: ...
 def batch_norm_affine(norm: Any) -> Any: ...
 def canonical_function(name: Any) -> Any: ...

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from tqdm import tqdm
 from rimet import _core
 from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import StreamingWalk, Visit
-from rimet.nn import compute_param_encodings, reuse
+from rimet.nn import BaseQuantizationMixin, compute_param_encodings, reuse
 from rimet.ptq_results import (
+    FingerprintMismatchError,
     LayerEntry,
     LayerReport,
     LayerwiseReport,
@@ -40,7 +43,10 @@ logger = logging.getLogger(__name__)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-"""Layers whose output is linear in their weight."""
+"""Kinds of layers that are treated: their output is linear in their weight."""
+
+NOT_FINITE = "its inputs or its weight hold infinities, NaN, or numbers near the largest"
+"""Why a layer's losses are no numbers."""
 
 
 def linear_map(module: nn.Module) -> _core.LinearMap:
@@ -98,28 +104,39 @@ class Layer:
             "shape": list(self.quantizer.shape),
             "block_size": self.block_size,
             "block_grouping": None if grouping is None else list(grouping),
+            "decompressed_bw": getattr(self.quantizer, "decompressed_bw", None),
         }
 
 
 def weight_layers(
     sim: QuantizationSimModel, excluded: Iterable[nn.Module] = ()
 ) -> tuple[list[Layer], list[LayerReport]]:
-    """The layers of a simulation that can be treated, and why others with a weight cannot."""
+    """The layers of a simulation that can be treated, and why others with parameters that could be
+    quantized cannot.
+    """
     chosen = {id(module) for outer in excluded for module in outer.modules()}
     layers: list[Layer] = []
     skipped: list[LayerReport] = []
     owners: dict[int, str] = {}
+
+    def skip(path: str, module: object, reason: str | None) -> None:
+        skipped.append(LayerReport(path, type(module).__name__, "skipped", reason))
+        logger.info("%s is skipped: %s", path, reason)
+
     for path, module in sim.named_qmodules():
         quantizers: Any = module.param_quantizers
         weight = getattr(module, "weight", None)
+        other_kind = f"a {type(module).__name__} is no Linear, Conv or ConvTranspose"
         if not isinstance(weight, Tensor):
+            if any(isinstance(getattr(module, name, None), Tensor) for name in quantizers):
+                skip(path, module, other_kind)  # a recurrent layer
             continue
         quantizer = quantizers["weight"] if "weight" in quantizers else None
         reason = None
         if id(module) in chosen:
             reason = "excluded by the caller"
         elif not isinstance(module, SUPPORTED):
-            reason = f"a {type(module).__name__} is not linear in its weight"
+            reason = other_kind
         elif quantizer is None:
             reason = "its weight is not quantized"
         elif not isinstance(quantizer, AffineQuantizerBase):
@@ -132,8 +149,10 @@ def weight_layers(
             owners[id(weight)] = path
             layers.append(Layer(path, module, quantizer))
         else:
-            skipped.append(LayerReport(path, type(module).__name__, "skipped", reason))
-            logger.info("%s is skipped: %s", path, reason)
+            skip(path, module, reason)
+    for path, module in sim.model.named_modules():
+        if isinstance(module, SUPPORTED) and not isinstance(module, BaseQuantizationMixin):
+            skip(path, module, "it is not quantized")
     return layers, skipped
 
 
@@ -184,24 +203,30 @@ class WeightTechnique(abc.ABC):
         progress: whether to show progress bars.
         memory: bytes for a layer's inputs, and what is made of them, at a time; None: as the engine
             likes.
+        folder: of its own that it keeps results in, besides ``results_dir``; None: there is none.
+        changes_weights: whether it changes the weights, and not only their ranges.
+        made_from: what the results of this run depend on, see :func:`fingerprint`; empty if none
+            are kept.
     """
 
     name: str
     settings: dict[str, Any]
     progress: bool
     memory: int | None = None
+    folder: Path | None = None
+    changes_weights: bool = False
+    made_from: Mapping[str, str] = MappingProxyType({})
 
     @abc.abstractmethod
     def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
         """Finds the layer's new tensors; ends with ``entry.done``."""
 
     @abc.abstractmethod
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """The layer's tensors that :meth:`apply` sets, as they are now."""
-
-    @abc.abstractmethod
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
         """Sets tensors of a layer."""
+
+    def keep(self, layer: Layer, tensors: dict[str, Tensor]) -> None:  # noqa: B027  (optional)
+        """Writes a layer's tensors into :attr:`folder`."""
 
     @contextlib.contextmanager
     def steps(self, layer: Layer, total: int) -> Iterator[Callable[[int], None]]:
@@ -221,6 +246,7 @@ def treat_weights(
     seed: int = 0,
     memory_budget: int | None = None,
     results_dir: str | os.PathLike[str] | None = None,
+    recalibrate: bool = False,
 ) -> LayerwiseReport:
     """Treats the layers of a simulation in the order in which they run, each given those before it.
 
@@ -230,7 +256,7 @@ def treat_weights(
     Args:
         technique: what is done to each.
         sim: the simulation; its layers' weights are calibrated. On an error, Ctrl-C included, what
-            was done to it is taken back.
+            was done to it is taken back, calibration too.
         batches: calibration data, see :class:`StreamingWalk`.
         needs_float_model: whether the technique looks at the floating-point model's activations.
         excluded: modules of ``sim.model`` that are left out, with all inside them.
@@ -238,20 +264,19 @@ def treat_weights(
         seed: of the run.
         memory_budget: see :class:`StreamingWalk`.
         results_dir: folder that keeps the results of finished layers, see :class:`LayerwiseRun`.
+        recalibrate: whether all parameters are calibrated anew, also those with a range.
 
     Returns:
         What was done to each layer.
 
     Raises:
         ValueError: ``excluded`` holds modules that are not in ``sim.model``.
-        FingerprintMismatchError: ``results_dir`` holds the results of another run.
+        FingerprintMismatchError: ``results_dir``, or the technique's own folder, holds the results
+            of another run.
     """
     began = time.perf_counter()
     paths_of(sim.model, excluded, "modules_to_exclude")
     layers, skipped = weight_layers(sim, excluded)
-    for layer in layers:
-        if not layer.quantizer.is_initialized():
-            compute_param_encodings(layer.module)
     by_path = {layer.path: layer for layer in layers}
     float_model = None
     if needs_float_model:
@@ -268,21 +293,30 @@ def treat_weights(
     )
     technique.memory = walk.technique_bytes
     with contextlib.ExitStack() as undo:
+        undo.callback(_to_restore_ranges(sim))
+        if recalibrate:
+            compute_param_encodings(sim.model)
         for layer in layers:
-            before = {name: t.detach().clone() for name, t in technique.tensors(layer).items()}
-            undo.callback(technique.apply, layer, before)
+            if not layer.quantizer.is_initialized():
+                compute_param_encodings(layer.module)
+            if technique.changes_weights:
+                undo.callback(set_weight, layer, layer.module.weight.detach().clone())
         with only_weights_quantized(sim, layers):
-            made_from = None
-            if results_dir is not None:
+            if results_dir is not None or technique.folder is not None:
                 settings = {**technique.settings, "grids": {x.path: x.grid() for x in layers}}
-                made_from = fingerprint(sim.model, settings, seed, data_hash(walk.batches))
-            run = LayerwiseRun(technique.name, results_dir, made_from)
+                technique.made_from = fingerprint(
+                    sim.model, settings, seed, data_hash(walk.batches)
+                )
+            run = LayerwiseRun(technique.name, results_dir, technique.made_from)
             for visit in walk.visit(by_path):
                 layer = by_path[visit.path]
-                with run.layer(layer.path, type(layer.module).__name__) as entry:
+                kind = type(layer.module).__name__
+                with _naming(layer), run.layer(layer.path, kind) as entry:
                     if entry.stored is None:
                         technique.treat(layer, visit, entry)
-                technique.apply(layer, entry.tensors)
+                    _check_inputs(layer, visit, entry, technique.folder or results_dir)
+                    technique.keep(layer, entry.tensors)
+                    technique.apply(layer, entry.tensors)
                 walk.note(run.report[layer.path].losses())
         undo.pop_all()
     for path in walk.report.visited:
@@ -296,12 +330,65 @@ def treat_weights(
     return run.report
 
 
+def _to_restore_ranges(sim: QuantizationSimModel) -> Callable[[], None]:
+    """What gives the parameter quantizers of a simulation the ranges back that they have now."""
+    states = [
+        (module, copy.deepcopy(module.param_quantizers.state_dict())) for module in sim.qmodules()
+    ]
+
+    def restore() -> None:
+        for module, state in states:
+            reuse.forget(module)
+            module.param_quantizers.load_state_dict(state)
+
+    return restore
+
+
+@contextlib.contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Puts the layer's path before what the engine says of its arguments."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise ValueError(f"{layer.path} ({type(layer.module).__name__}): {error}") from error
+
+
+def _check_inputs(
+    layer: Layer, visit: Visit, entry: LayerEntry, folder: str | os.PathLike[str] | None
+) -> None:
+    """Adds mean and root mean square of the layer's first input (the first sample of the first
+    batch) to its tensors; if an earlier run kept the layer's tensors, compares these numbers instead.
+
+    They depend on what no fingerprint holds: ``forward_fn``, and the code of the model.
+
+    Raises:
+        FingerprintMismatchError: they differ by more than rounding does.
+    """
+    inputs = visit.quant_inputs[0][:1]
+    size = torch.linalg.vector_norm(inputs, dtype=torch.float64) / max(inputs.numel(), 1) ** 0.5
+    seen = torch.stack([inputs.mean(dtype=torch.float64), size]).cpu()
+    kept = entry.tensors.setdefault("inputs", seen)
+    # Another machine or number of threads rounds differently, by far less than this.
+    if folder is not None and bool(((kept - seen).abs() > 1e-3 * seen[1]).any()):
+        raise FingerprintMismatchError(
+            Path(folder), ["forward_fn, or model that has the same weights"], f" at {layer.path}"
+        )
+
+
 @contextlib.contextmanager
 def changed(layer: Layer) -> Iterator[None]:
     """For changing a layer's weight or grid: what was computed from them is forgotten."""
     reuse.forget(layer.module)
     with torch.no_grad():
         yield
+
+
+def set_weight(layer: Layer, weight: Tensor) -> None:
+    """Changes a layer's weight, in place."""
+    with changed(layer):
+        layer.module.weight.copy_(weight)
 
 
 # Settings

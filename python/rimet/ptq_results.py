@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ from torch import nn
 
 from rimet import __version__
 from rimet._graph.structure import flatten
-from rimet.quantsim._files import atomic_path, write_text
+from rimet.quantsim._files import atomic_path, remove_unfinished, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ __all__ = [
     "LayerReport",
     "LayerwiseReport",
     "LayerwiseRun",
+    "check_fingerprint",
     "data_hash",
     "fingerprint",
     "layer_seed",
@@ -51,14 +53,19 @@ VERSION = 1
 class FingerprintMismatchError(ValueError):
     """A folder holds the results of another run.
 
-    Attributes:
+    Args:
+        folder: the folder.
         differing: what is different: names of entries of the fingerprint.
+        where: at which layer it was found; empty if before any.
+
+    Attributes:
+        differing: as given.
     """
 
-    def __init__(self, folder: Path, differing: list[str]) -> None:
+    def __init__(self, folder: Path, differing: list[str], where: str = "") -> None:
         super().__init__(
             f"{folder}: expected results of this run, got those of a run with another "
-            f"{', another '.join(differing)}; give another folder, or remove this one"
+            f"{', another '.join(differing)}{where}; give another folder, or remove this one"
         )
         self.differing = differing
 
@@ -106,6 +113,18 @@ def fingerprint(
         "rimet version": __version__,
         "torch version": torch.__version__,
     }
+
+
+def check_fingerprint(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Compares the fingerprint of this run with that of the one whose results are in a folder.
+
+    Raises:
+        FingerprintMismatchError: they differ.
+    """
+    keys = [*expected, *(key for key in found if key not in expected)]
+    differing = [key for key in keys if expected.get(key) != found.get(key)]
+    if differing:
+        raise FingerprintMismatchError(folder, differing)
 
 
 def _update(digest: Any, tensor: torch.Tensor) -> None:
@@ -196,9 +215,15 @@ class LayerwiseReport:
         return {x.path: x.reason or "" for x in self.layers if x.status == "skipped"}
 
     def to_json(self) -> str:
-        """The report as JSON, with the format's version."""
+        """The report as JSON, with the format's version; a loss that is not finite, which JSON cannot
+        say, is null.
+        """
         document = {"format": "rimet-layer-report", "version": VERSION, **dataclasses.asdict(self)}
-        return json.dumps(document, indent=1)
+        for layer in document["layers"]:
+            for name in ("loss_before", "loss_after"):
+                if layer[name] is not None and not math.isfinite(layer[name]):
+                    layer[name] = None
+        return json.dumps(document, indent=1, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON to a file, whole or not at all."""
@@ -336,8 +361,7 @@ class LayerwiseRun:
             entry.skip(reason)
 
     def _open(self, folder: Path, expected: dict[str, str]) -> None:
-        for part in folder.glob(".*.part"):  # what a killed process was writing
-            part.unlink()
+        remove_unfinished(folder)
         manifest = folder / "manifest.json"
         if not manifest.exists():
             document = {"format": FORMAT, "version": VERSION, "fingerprint": expected}
@@ -353,10 +377,7 @@ class LayerwiseRun:
             ) from None
         if kind != (FORMAT, VERSION):
             raise ValueError(f"{manifest}: expected {FORMAT} version {VERSION}, got {kind}")
-        keys = [*expected, *(key for key in found if key not in expected)]
-        differing = [key for key in keys if expected.get(key) != found.get(key)]
-        if differing:
-            raise FingerprintMismatchError(folder, differing)
+        check_fingerprint(folder, expected, found)
 
     def _file(self, path: str) -> Path:
         assert self._folder is not None

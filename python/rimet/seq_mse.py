@@ -7,21 +7,26 @@ whose output differs least on calibration data, given the layers treated before.
 from __future__ import annotations
 
 import functools
+import json
+import logging
+import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rimet import _core
 from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import Visit
 from rimet._weight_layers import (
+    NOT_FINITE,
     SUPPORTED,
     TRANSPOSED,
     Layer,
@@ -32,10 +37,13 @@ from rimet._weight_layers import (
     linear_map,
     treat_weights,
 )
-from rimet.nn import BaseQuantizationMixin, compute_param_encodings
-from rimet.ptq_results import LayerEntry, LayerwiseReport, LayerwiseRun
+from rimet.nn import BaseQuantizationMixin
+from rimet.ptq_results import LayerEntry, LayerwiseReport, LayerwiseRun, check_fingerprint
+from rimet.quantization._ops import range_to_scale_offset
 from rimet.quantization.affine import AffineQuantizerBase, GroupedBlockQuantizeDequantize
 from rimet.quantsim import QuantizationSimModel, _files
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "SeqMseParams",
@@ -194,7 +202,9 @@ def apply_seq_mse(
         checkpoints_config: JSON file that tells AIMET where to cache; read and checked, but not
             needed here, since activations are carried from layer to layer.
         cache_dir: folder as AIMET's: ``running_module_names.txt`` and ``{module}.safetensors`` with
-            ``min`` and ``max`` of finished layers. Those that are there are taken as they are.
+            ``min`` and ``max`` of finished layers, and in the metadata what they were made from.
+            Those that are there are taken over; those of another run are refused. Those that AIMET
+            wrote do not say what they were made from, and are taken with a warning.
         inp_symmetry: see :class:`SeqMseParams`.
         loss_fn: see :class:`SeqMseParams`.
         shared_range: see :class:`SeqMseParams`.
@@ -209,7 +219,7 @@ def apply_seq_mse(
     Raises:
         ValueError: settings outside their range, modules that are not in the model, a
             ``checkpoints_config`` that is none.
-        FingerprintMismatchError: ``results_dir`` holds the results of another run.
+        FingerprintMismatchError: ``results_dir`` or ``cache_dir`` holds the results of another run.
     """
     check_checkpoints_config(checkpoints_config)
     params = SeqMseParams(None, num_candidates, inp_symmetry, loss_fn, forward_fn, shared_range)
@@ -228,7 +238,6 @@ def _run(
     progress: bool = True,
 ) -> LayerwiseReport:
     batches = first_batches(data_loader, params.num_batches)
-    compute_param_encodings(sim.model)
     return treat_weights(
         _SequentialMse(params, _Cache(cache_dir), progress),
         sim,
@@ -238,6 +247,7 @@ def _run(
         forward_fn=None if params.forward_fn is default_forward_fn else params.forward_fn,
         memory_budget=memory_budget,
         results_dir=results_dir,
+        recalibrate=True,
     )
 
 
@@ -254,15 +264,18 @@ class _SequentialMse(WeightTechnique):
             "shared_range": params.shared_range,
         }
         self.progress = progress
+        self.folder = cache.folder
         self._cache = cache
 
     def treat(self, layer: Layer, visit: Visit, entry: LayerEntry) -> None:
-        cached = self._cache.load(layer.path)
+        cached = self._cache.load(layer, self.made_from)
         if cached is not None:
             entry.done(cached, note="its range is that of cache_dir", resumed=True)
             return
         self.optimize(layer, visit.float_inputs, visit.quant_inputs, entry, own_scales=True)
-        self._cache.store(layer.path, entry.tensors)
+
+    def keep(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
+        self._cache.store(layer.path, tensors, self.made_from)
 
     def optimize(
         self,
@@ -286,7 +299,14 @@ class _SequentialMse(WeightTechnique):
         is_grouped = isinstance(quantizer, GroupedBlockQuantizeDequantize)
         low, high = quantizer.get_min(), quantizer.get_max()
         if is_grouped and own_scales:
-            low, high = quantizer.min.detach(), quantizer.max.detach()
+            scale, offset = range_to_scale_offset(
+                quantizer.min.detach(),
+                quantizer.max.detach(),
+                quantizer.qmin,
+                quantizer.qmax,
+                quantizer.symmetric,
+            )
+            low, high = (quantizer.qmin + offset) * scale, (quantizer.qmax + offset) * scale
         assert low is not None and high is not None
         shape, blocks, axis = list(quantizer.shape), layer.block_size, None
         dims = layer.module.weight.dim()
@@ -327,6 +347,14 @@ class _SequentialMse(WeightTechnique):
                 memory=self.memory,
                 progress=progress,
             )
+        details = {"bitwidth": quantizer.bitwidth, "method": result["method"]}
+        if not math.isfinite(result["loss_after"]):
+            # No candidate is better than another.
+            kept = {"min": quantizer.min.detach().clone(), "max": quantizer.max.detach().clone()}
+            note = f"its range stays that of its calibration: {NOT_FINITE}"
+            logger.warning("%s: %s", layer.path, note)
+            entry.done(kept, note=note, **details)
+            return
         low, high = result["min"], result["max"]
         if axis is not None:
             low = low.select(axis, 0).reshape(quantizer.shape)
@@ -335,12 +363,8 @@ class _SequentialMse(WeightTechnique):
             {"min": low, "max": high},
             loss_before=result["loss_before"],
             loss_after=result["loss_after"],
-            bitwidth=quantizer.bitwidth,
-            method=result["method"],
+            **details,
         )
-
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        return {"min": layer.quantizer.min, "max": layer.quantizer.max}
 
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
         with changed(layer):
@@ -348,40 +372,73 @@ class _SequentialMse(WeightTechnique):
 
 
 class _Cache:
-    """AIMET's folder of optimized ranges."""
+    """AIMET's folder of optimized ranges.
+
+    Attributes:
+        folder: None keeps nothing.
+    """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self._names: list[str] = []
-        if self._folder is None:
+        if self.folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _files.remove_unfinished(self.folder)
         if self._list.exists():
             self._names = self._list.read_text(encoding="utf-8").split()
 
     @property
     def _list(self) -> Path:
-        assert self._folder is not None
-        return self._folder / "running_module_names.txt"
+        assert self.folder is not None
+        return self.folder / "running_module_names.txt"
 
-    def load(self, path: str) -> dict[str, Tensor] | None:
-        if self._folder is None or path not in self._names:
+    def load(self, layer: Layer, made_from: Mapping[str, str]) -> dict[str, Tensor] | None:
+        """A layer's range, and what :meth:`store` was given with it; None if it is not there."""
+        if self.folder is None or layer.path not in self._names:
             return None
-        stored = load_file(self._folder / f"{path}.safetensors")
-        tensors = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
+        name = f"{layer.path}.safetensors"
+        with safe_open(self.folder / name, "pt") as file:
+            tensors = {key.rpartition(".")[2]: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
         missing = {"min", "max"} - set(tensors)
         if missing:
-            raise ValueError(
-                f"cache_dir: {path}.safetensors: expected min and max, got {sorted(stored)}"
+            raise ValueError(f"cache_dir: {name}: expected min and max, got {sorted(tensors)}")
+        shape = tuple(layer.quantizer.shape)
+        for key in ("min", "max"):
+            if tuple(tensors[key].shape) != shape:
+                raise ValueError(
+                    f"cache_dir: {name}: {key}: expected the shape {shape} of the grid, got "
+                    f"{tuple(tensors[key].shape)}"
+                )
+        if "made_from" in metadata:
+            check_fingerprint(self.folder, made_from, json.loads(metadata["made_from"]))
+            tensors["inputs"] = torch.tensor(json.loads(metadata["inputs"]), dtype=torch.float64)
+        else:
+            logger.warning(
+                "cache_dir: %s does not say what it was made from; its range is taken as it is",
+                name,
             )
         return tensors
 
-    def store(self, path: str, tensors: dict[str, Tensor]) -> None:
-        if self._folder is None:
+    def store(self, path: str, tensors: dict[str, Tensor], made_from: Mapping[str, str]) -> None:
+        """Keeps a layer's range, unless it is there.
+
+        Args:
+            path: of the layer.
+            tensors: ``min``, ``max``, and ``inputs``, which goes into the metadata: AIMET loads all
+                tensors into the quantizer.
+            made_from: what the range depends on.
+        """
+        if self.folder is None or path in self._names:
             return
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with _files.atomic_path(self._folder / f"{path}.safetensors") as part:
-            save_file(ready, part)
+        ready = {name: tensors[name].detach().cpu().contiguous() for name in ("min", "max")}
+        metadata = {
+            "made_from": json.dumps(dict(made_from)),
+            "inputs": json.dumps(tensors["inputs"].tolist()),
+        }
+        with _files.atomic_path(self.folder / f"{path}.safetensors") as part:
+            save_file(ready, part, metadata)
         self._names.append(path)
         _files.write_text(self._list, "\n".join(self._names) + "\n")
 

@@ -17,6 +17,7 @@
 //! their Gram matrix: the loss is then `tr(E G E^T) + 2 tr(E D^T) + const`, `E` being the weights' change,
 //! `G = x'^T x'` and `D = (W x' - W x)^T x'`.
 
+mod activation;
 mod minibatch;
 mod rounding;
 
@@ -28,66 +29,21 @@ use crate::error::{Error, Result};
 use crate::ops::{adaround_regularizer, AdaroundStep};
 use minibatch::Minibatch;
 use rounding::Rounding;
+use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
+
+pub use activation::Activation;
 
 /// Samples of one step.
 pub const BATCH_SIZE: usize = 32;
 /// How often the caller hears of progress, and an early stop is looked for, in steps.
 const REPORT_EVERY: u64 = 50;
-
-/// The activation function behind a layer, by the name it has in `torch.nn.functional`.
-#[derive(Debug)]
-pub enum Activation {
-    Relu,
-    /// `clamp(x, low, high)`: ReLU6, hardtanh.
-    Clamp(f64, f64),
-    LeakyRelu(f64),
-    /// With its weights.
-    Prelu(Tensor),
-    Elu(f64),
-    /// `none` or `tanh`.
-    Gelu(String),
-    Silu,
-    Mish,
-    Hardswish,
-    Hardsigmoid,
-    Sigmoid,
-    Tanh,
-    /// `beta`, `threshold`.
-    Softplus(f64, f64),
-}
-
-impl Activation {
-    /// `f(x)`; differentiable.
-    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Activation::Relu => x.f_relu()?,
-            Activation::Clamp(low, high) => x.f_clamp(*low, *high)?,
-            Activation::LeakyRelu(slope) => {
-                // tch's leaky_relu has the default slope alone.
-                x.f_relu()? - x.f_neg()?.f_relu()? * *slope
-            }
-            Activation::Prelu(weight) => x.f_prelu(weight)?,
-            Activation::Elu(alpha) => {
-                let negative = x.f_clamp_max(0.0)?.f_expm1()? * *alpha;
-                x.f_relu()? + negative
-            }
-            Activation::Gelu(approximate) => x.f_gelu(approximate)?,
-            Activation::Silu => x.f_silu()?,
-            Activation::Mish => x.f_mish()?,
-            Activation::Hardswish => x.f_hardswish()?,
-            Activation::Hardsigmoid => x.f_hardsigmoid()?,
-            Activation::Sigmoid => x.f_sigmoid()?,
-            Activation::Tanh => x.f_tanh()?,
-            Activation::Softplus(beta, threshold) => {
-                let scaled = x * *beta;
-                let soft = scaled.f_clamp_max(*threshold)?.f_exp()?.f_log1p()? / *beta;
-                let linear = scaled.f_gt(*threshold)?;
-                x.f_where_self(&linear, &soft)?
-            }
-        })
-    }
-}
+/// After this time the caller hears of it in any case: only then can it end the work. A step on a large layer takes
+/// seconds.
+const LONGEST_SILENCE: Duration = Duration::from_millis(200);
+/// Elements of the rows that are cut out of inputs at a time, for a Gram matrix; a convolution's are many times as many
+/// as its input's.
+const ROWS_AT_ONCE: i64 = 1 << 24;
 
 /// Settings of the optimization.
 #[derive(Clone, Debug, PartialEq)]
@@ -230,7 +186,8 @@ pub enum Method {
 pub struct Outcome {
     /// The weight on its grid.
     pub weight: Tensor,
-    /// Mean over rows of the squared error, summed over output channels, with nearest rounding.
+    /// Mean over rows of the squared error, summed over output channels, with nearest rounding. Where it is not
+    /// finite, nor is the data, and nearest rounding is kept without a step.
     pub loss_before: f64,
     /// The same with the rounding found.
     pub loss_after: f64,
@@ -262,6 +219,15 @@ pub fn adaround(
     if problem.num_batches == 0 {
         return Err(Error::value("inputs", "at least one batch", "none"));
     }
+    let (scale, offset) = problem.scale_offset;
+    let dims = problem.weight.dim();
+    if scale.dim() > dims || offset.dim() > dims {
+        return Err(Error::value(
+            "scale and offset",
+            format!("at most {dims} dimensions, as the weight"),
+            format!("shapes {:?} and {:?}", scale.size(), offset.size()),
+        ));
+    }
     let _guard = tch::no_grad_guard();
     let kind = compute_kind(problem.weight);
     let weight = problem.weight.f_detach()?.f_to_kind(kind)?.f_contiguous()?;
@@ -275,34 +241,46 @@ pub fn adaround(
         bias: bias.as_ref(),
         kind,
     };
+    let mut pulse = Pulse::new(progress);
     let samples = layer.samples()?;
+    let nearest = layer.nearest()?;
+    let loss_before = layer.loss(&nearest, &mut pulse)?;
     let plan = layer.plan(&samples, config.num_iterations)?;
+    let method = plan.method();
+    if !loss_before.is_finite() {
+        return Ok(Outcome {
+            weight: nearest.f_to_kind(problem.weight.kind())?,
+            loss_before,
+            loss_after: loss_before,
+            method,
+            iterations: 0,
+            kept_nearest: true,
+        });
+    }
     let rounding = Rounding::new(&layer, plan.weight_order())?;
     let mut state = rounding.initial_state()?;
-    let nearest = rounding.in_place(&rounding.nearest()?)?;
-    let loss_before = layer.loss(&nearest)?;
 
-    let method = plan.method();
     let seed = config.seed;
     let minibatch = |minibatch| Gradient::Minibatch(Box::new(minibatch));
     let mut gradient = match plan {
-        Plan::Gram => Gradient::Gram(GramLoss::new(&layer)?),
+        Plan::Gram => Gradient::Gram(GramLoss::new(&layer, &samples, &mut pulse)?),
         Plan::Layer => minibatch(Minibatch::of_layer(samples, seed)),
-        Plan::Products(products) => {
-            minibatch(Minibatch::of_products(&layer, samples, products, seed)?)
-        }
+        Plan::Products(products) => minibatch(Minibatch::of_products(
+            &layer, samples, products, seed, &mut pulse,
+        )?),
     };
 
-    let mut taken = 0;
     for iteration in 0..config.num_iterations {
         if iteration % REPORT_EVERY == 0 {
-            progress(iteration)?;
+            pulse.report()?;
             if let Some(tolerance) = config.early_stop {
                 let undecided = f64::try_from(adaround_regularizer(&state.alpha, 2.0)?)?;
                 if undecided < tolerance * weight.numel() as f64 {
                     break;
                 }
             }
+        } else {
+            pulse.beat()?;
         }
         let grad = match &mut gradient {
             Gradient::Gram(loss) => loss.gradient(&layer, &state.output)?,
@@ -316,12 +294,12 @@ pub fn adaround(
             beta,
         };
         rounding.step(&mut state, &grad, settings)?;
-        taken = iteration + 1;
+        pulse.taken = iteration + 1;
     }
-    progress(taken)?;
+    pulse.report()?;
 
     let rounded = rounding.in_place(&rounding.rounded(&state.alpha, false)?)?;
-    let loss_after = layer.loss(&rounded)?;
+    let loss_after = layer.loss(&rounded, &mut pulse)?;
     let kept_nearest = loss_after.is_nan() || loss_after >= loss_before;
     let (chosen, loss_after) = if kept_nearest {
         (nearest, loss_before)
@@ -333,9 +311,41 @@ pub fn adaround(
         loss_before,
         loss_after,
         method,
-        iterations: taken,
+        iterations: pulse.taken,
         kept_nearest,
     })
+}
+
+/// Lets the caller hear of progress.
+struct Pulse<'a, 'b> {
+    progress: &'a mut Progress<'b>,
+    /// Steps taken.
+    taken: u64,
+    last: Instant,
+}
+
+impl<'a, 'b> Pulse<'a, 'b> {
+    fn new(progress: &'a mut Progress<'b>) -> Self {
+        Self {
+            progress,
+            taken: 0,
+            last: Instant::now(),
+        }
+    }
+
+    fn report(&mut self) -> Result<()> {
+        (self.progress)(self.taken)?;
+        self.last = Instant::now();
+        Ok(())
+    }
+
+    /// Reports if it is [time](LONGEST_SILENCE); for all that can take long.
+    fn beat(&mut self) -> Result<()> {
+        if self.last.elapsed() >= LONGEST_SILENCE {
+            self.report()?;
+        }
+        Ok(())
+    }
 }
 
 /// The problem in the type it is computed in.
@@ -393,6 +403,13 @@ impl Layer<'_> {
         }
     }
 
+    /// The weight with every element on its nearest level.
+    fn nearest(&self) -> Result<Tensor> {
+        let (scale, offset) = self.problem.scale_offset;
+        let (grid, block_size) = (&self.problem.grid, self.problem.block_size);
+        crate::ops::quantize_dequantize(self.weight, scale, offset, grid, block_size)
+    }
+
     fn samples(&self) -> Result<Vec<BatchShape>> {
         (0..self.problem.num_batches)
             .map(|batch| {
@@ -416,11 +433,20 @@ impl Layer<'_> {
     }
 
     /// Mean over all rows of the squared error, summed over output channels.
-    fn loss(&self, weight: &Tensor) -> Result<f64> {
+    fn loss(&self, weight: &Tensor, pulse: &mut Pulse<'_, '_>) -> Result<f64> {
         let (mut sum, mut rows) = (0.0, 0);
         for batch in 0..self.problem.num_batches {
-            let output = self.activated(&self.forward(&self.input(batch)?, weight)?)?;
-            let target = self.activated(&self.target(batch)?)?;
+            pulse.beat()?;
+            let output = self.forward(&self.input(batch)?, weight)?;
+            let target = self.target(batch)?;
+            if output.size() != target.size() {
+                return Err(Error::value(
+                    format!("outputs, batch {batch}"),
+                    format!("shape {:?}, as the layer gives", output.size()),
+                    format!("{:?}", target.size()),
+                ));
+            }
+            let (output, target) = (self.activated(&output)?, self.activated(&target)?);
             rows += self.problem.map.num_rows(&target);
             let size = output.size();
             let flat = [size[0].max(1), -1];
@@ -513,20 +539,33 @@ struct GramLoss {
 }
 
 impl GramLoss {
-    fn new(layer: &Layer<'_>) -> Result<Self> {
+    fn new(layer: &Layer<'_>, batches: &[BatchShape], pulse: &mut Pulse<'_, '_>) -> Result<Self> {
         let map = layer.problem.map;
         let matrix = map.matrix(layer.weight)?;
         let size = matrix.size();
         let mut gram = Gram::new(size[0], size[2], layer.weight)?;
         let mut constant = Tensor::f_zeros(&size, (Kind::Double, layer.weight.device()))?;
         let mut rows = 0;
-        let load = |batch: usize| {
-            let input = layer.input(batch)?;
+        // Batch, first sample, number of samples.
+        let mut parts: Vec<(usize, i64, i64)> = vec![];
+        for (index, batch) in batches.iter().enumerate() {
+            let samples = batch.samples as i64;
+            let of_sample = batch.rows / samples * size[0] * size[2];
+            let at_once = (ROWS_AT_ONCE / of_sample.max(1)).max(1);
+            let begins = (0..samples).step_by(at_once as usize);
+            parts.extend(begins.map(|begin| (index, begin, at_once.min(samples - begin))));
+        }
+        let load = |part: usize| {
+            let (batch, begin, samples) = parts[part];
+            let input = layer.raw_input(batch)?.f_narrow(0, begin, samples)?;
+            let target = layer.raw_target(batch)?.f_narrow(0, begin, samples)?;
+            let input = layer.padded(&input)?;
             let output = layer.forward(&input, layer.weight)?;
-            let residual = map.output_rows(&(output - layer.target(batch)?))?;
+            let residual = map.output_rows(&(output - target.f_to_kind(layer.kind)?))?;
             Ok(vec![map.rows(&input, layer.weight)?, residual])
         };
-        for_each_piece(layer.problem.num_batches, load, |piece| {
+        for_each_piece(parts.len(), load, |piece| {
+            pulse.beat()?;
             rows += piece[0].size()[1];
             gram.add(&piece[0])?;
             let product = piece[1].f_transpose(1, 2)?.f_matmul(&piece[0])?;
@@ -546,5 +585,50 @@ impl GramLoss {
         let mut grad = self.constant.f_baddbmm(&change, &self.gram, 1, 1)?;
         let _ = grad.f_mul_scalar_(self.factor)?;
         map.from_matrix(&grad, &layer.weight.size())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Loading a batch takes some time here, as running a large layer does.
+    #[test]
+    fn work_can_be_ended_while_steps_take_long() {
+        let options = (Kind::Float, Device::Cpu);
+        let (weight, input) = (
+            Tensor::randn([4, 6], options),
+            Tensor::randn([5, 6], options),
+        );
+        let target = input.linear(&weight, None::<Tensor>);
+        let slowly = |_| {
+            std::thread::sleep(LONGEST_SILENCE / 4);
+            Ok(input.shallow_clone())
+        };
+        let scale = Tensor::full([], 0.3, options);
+        let problem = Problem {
+            map: &LinearMap::Linear,
+            weight: &weight,
+            bias: None,
+            scale_offset: (&scale, &scale.zeros_like()),
+            grid: AffineGrid::new(-8, 7, 0.0).unwrap(),
+            block_size: None,
+            activation: Some(&Activation::Relu),
+            num_batches: 1,
+            input: &slowly,
+            target: &|_| Ok(target.shallow_clone()),
+            memory: u64::MAX,
+        };
+        let mut heard = vec![];
+        let outcome = adaround(&problem, &Config::default(), &mut |steps| {
+            heard.push(steps);
+            match steps {
+                0 => Ok(()),
+                _ => Err(Error::State("ended".to_owned())),
+            }
+        });
+        assert!(matches!(outcome, Err(Error::State(_))));
+        let last = heard.last().copied().unwrap();
+        assert!((1..REPORT_EVERY).contains(&last), "{heard:?}");
     }
 }

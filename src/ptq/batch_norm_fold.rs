@@ -6,7 +6,7 @@
 //! - backward, the normalization follows the layer: `W' = scale[out] * W`, `b' = scale * b + shift`;
 //! - forward, it precedes the layer: `W' = W * scale[in]`, `b' = b + sum over inputs and taps of W * shift[in]`.
 
-use super::layer::{Channels, Layer};
+use super::layer_parameters::{Channels, LayerParameters};
 use crate::error::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -54,7 +54,11 @@ pub enum Direction {
 ///
 /// # Errors
 /// [`Error::Value`] if the numbers of channels differ.
-pub fn fold(layer: &Layer, norm: &BatchNorm, direction: Direction) -> Result<(Tensor, Tensor)> {
+pub fn fold(
+    layer: &LayerParameters,
+    norm: &BatchNorm,
+    direction: Direction,
+) -> Result<(Tensor, Tensor)> {
     let expected = match direction {
         Direction::Backward => layer.out_channels(),
         Direction::Forward => layer.in_channels(),
@@ -140,7 +144,8 @@ mod tests {
             (true, 2, [4, 3, 3, 2]),
         ] {
             let layer =
-                Layer::new(Tensor::randn(shape, OPTIONS), None, groups, transposed).unwrap();
+                LayerParameters::new(Tensor::randn(shape, OPTIONS), None, groups, transposed)
+                    .unwrap();
             let x = Tensor::randn([2, 4, 7, 7], OPTIONS);
             let run = |x: &Tensor, w: &Tensor, b: Option<&Tensor>| {
                 if transposed {
@@ -165,7 +170,7 @@ mod tests {
 
     #[test]
     fn by_hand_without_gamma_and_beta() {
-        let layer = Layer::new(
+        let layer = LayerParameters::new(
             Tensor::from_slice(&[2.0_f32, 3.0]).reshape([1, 2]),
             Some(Tensor::from_slice(&[1.0_f32])),
             1,

@@ -5,7 +5,7 @@
 //! follows from the batch normalization (and activation) in front. Empirical: the shift is the difference of
 //! mean outputs on data, activation quantization included.
 
-use super::Layer;
+use super::LayerParameters;
 use crate::error::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -61,7 +61,7 @@ pub fn expected_activation(
 ///
 /// # Errors
 /// [`Error::Value`] if shapes differ.
-pub fn analytic(layer: &Layer, quantized: &Tensor, input: &Tensor) -> Result<Tensor> {
+pub fn analytic(layer: &LayerParameters, quantized: &Tensor, input: &Tensor) -> Result<Tensor> {
     if quantized.size() != layer.weight.size() || input.size() != [layer.in_channels()] {
         return Err(Error::value(
             "conv_bn_dict",
@@ -73,7 +73,7 @@ pub fn analytic(layer: &Layer, quantized: &Tensor, input: &Tensor) -> Result<Ten
             format!("{:?} and {:?}", quantized.size(), input.size()),
         ));
     }
-    let noise = Layer::new(
+    let noise = LayerParameters::new(
         quantized.f_to_kind(Kind::Double)?.f_sub(&layer.weight)?,
         None,
         layer.groups,
@@ -86,7 +86,7 @@ pub fn analytic(layer: &Layer, quantized: &Tensor, input: &Tensor) -> Result<Ten
 ///
 /// # Errors
 /// [`Error::Value`] if shapes differ.
-pub fn corrected(layer: &Layer, shift: &Tensor) -> Result<Tensor> {
+pub fn corrected(layer: &LayerParameters, shift: &Tensor) -> Result<Tensor> {
     if shift.size() != [layer.out_channels()] {
         return Err(Error::value(
             "shift",
@@ -196,7 +196,7 @@ mod tests {
         let bias = Tensor::randn([6], OPTIONS);
         let weight = Tensor::randn([6, 2, 3, 3], OPTIONS);
         let quantized = (&weight * 2.0).round() / 2.0;
-        let layer = Layer::new(weight, Some(bias.shallow_clone()), 2, false).unwrap();
+        let layer = LayerParameters::new(weight, Some(bias.shallow_clone()), 2, false).unwrap();
         let x = Tensor::randn([4, 4, 9, 9], OPTIONS);
         // The mean that every tap sees is that of the whole only for constant channels.
         let means = x.mean_dim([0_i64, 2, 3].as_slice(), true, Kind::Double);

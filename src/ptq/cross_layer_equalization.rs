@@ -6,7 +6,7 @@
 //! the channel's weights in layer `k` of `n` and `m = (r_1 ... r_n)^(1/n)`, the factor between the layers `k`
 //! and `k + 1` is `s_k = r_1 ... r_k / m^k`. For two layers that is `sqrt(r_1 r_2) / r_2`.
 
-use super::layer::{Channels, Layer};
+use super::layer_parameters::{Channels, LayerParameters};
 use crate::error::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -26,7 +26,7 @@ pub struct Equalized {
 /// # Errors
 /// [`Error::Value`] for an empty chain or `last`, channels that do not fit, or a layer in the middle that is not
 /// depthwise.
-pub fn equalize(chain: &[Layer], last: &[Layer]) -> Result<Equalized> {
+pub fn equalize(chain: &[LayerParameters], last: &[LayerParameters]) -> Result<Equalized> {
     let (Some(first), false) = (chain.first(), last.is_empty()) else {
         return Err(Error::value(
             "cls_set",
@@ -114,8 +114,8 @@ pub fn equalize(chain: &[Layer], last: &[Layer]) -> Result<Equalized> {
 /// # Errors
 /// [`Error::Value`] if a bias is missing or channels do not fit.
 pub fn absorb_high_bias(
-    first: &Layer,
-    second: &Layer,
+    first: &LayerParameters,
+    second: &LayerParameters,
     (gamma, beta): (&Tensor, &Tensor),
     factor: &Tensor,
     activation: bool,
@@ -164,9 +164,9 @@ mod tests {
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-    fn layer(shape: &[i64], groups: i64) -> Layer {
+    fn layer(shape: &[i64], groups: i64) -> LayerParameters {
         let bias = Tensor::randn([shape[0]], OPTIONS);
-        Layer::new(Tensor::randn(shape, OPTIONS), Some(bias), groups, false).unwrap()
+        LayerParameters::new(Tensor::randn(shape, OPTIONS), Some(bias), groups, false).unwrap()
     }
 
     fn run(layers: &[(Tensor, Option<Tensor>)], groups: &[i64], x: &Tensor) -> Tensor {
@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn by_hand() {
         let of = |w: &[f64], shape: [i64; 2]| {
-            Layer::new(Tensor::from_slice(w).reshape(shape), None, 1, false).unwrap()
+            LayerParameters::new(Tensor::from_slice(w).reshape(shape), None, 1, false).unwrap()
         };
         // Ranges 8 and 2 in channel 0, 1 and 4 in channel 1, 0 and 1 in channel 2.
         let first = of(&[8.0, -1.0, 0.0], [3, 1]);
@@ -218,7 +218,7 @@ mod tests {
             (1, Channels::Input),
         ]) {
             ranges.push(
-                Layer::new(weight, None, groups, false)
+                LayerParameters::new(weight, None, groups, false)
                     .unwrap()
                     .range(side)
                     .unwrap(),

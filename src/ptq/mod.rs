@@ -8,7 +8,7 @@ pub mod adaround;
 pub mod batch_norm_fold;
 pub mod bias_correction;
 pub mod cross_layer_equalization;
-mod layer;
+mod layer_parameters;
 pub mod linear_map;
 mod matrix_products;
 mod pieces;
@@ -17,4 +17,4 @@ mod rows;
 pub mod seq_mse;
 mod sketch;
 
-pub use layer::Layer;
+pub use layer_parameters::LayerParameters;

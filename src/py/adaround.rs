@@ -130,6 +130,29 @@ fn activation_of(name: &str, numbers: &[f64], weights: Option<Tensor>) -> Result
     })
 }
 
+/// Refuses settings that [`adaround_layer`] would, ahead of any work.
+#[pyfunction]
+#[pyo3(signature = (*, num_iterations, reg_param, beta_range, warm_start, learning_rate, early_stop))]
+fn check_adaround_settings(
+    num_iterations: u64,
+    reg_param: f64,
+    beta_range: (f64, f64),
+    warm_start: f64,
+    learning_rate: f64,
+    early_stop: Option<f64>,
+) -> PyResult<()> {
+    let config = Config {
+        num_iterations,
+        reg_param,
+        beta_range,
+        warm_start,
+        learning_rate,
+        early_stop,
+        seed: 0,
+    };
+    config.check().map_err(to_py)
+}
+
 /// Adam's learning rate for a number of iterations, where none is given.
 #[pyfunction]
 fn adaround_learning_rate(num_iterations: u64) -> f64 {
@@ -138,5 +161,6 @@ fn adaround_learning_rate(num_iterations: u64) -> f64 {
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(adaround_learning_rate, module)?)?;
+    module.add_function(wrap_pyfunction!(check_adaround_settings, module)?)?;
     module.add_function(wrap_pyfunction!(adaround_layer, module)?)
 }

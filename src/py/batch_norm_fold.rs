@@ -5,7 +5,7 @@ use super::graph::Graph;
 use crate::graph::batch_norm_fold::find;
 use crate::graph::ModuleId;
 use crate::ptq::batch_norm_fold::{fold, scale_range, BatchNorm, Direction};
-use crate::ptq::Layer;
+use crate::ptq::LayerParameters;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
@@ -13,12 +13,14 @@ use std::collections::HashSet;
 use tch::no_grad;
 
 /// (weight, bias, groups, transposed)
-pub(super) type PyLayer = (PyTensor, Option<PyTensor>, i64, bool);
+pub(super) type PyLayerParameters = (PyTensor, Option<PyTensor>, i64, bool);
 /// (weight, bias, running_mean, running_var, eps)
 type PyBatchNorm = (Option<PyTensor>, Option<PyTensor>, PyTensor, PyTensor, f64);
 
-pub(super) fn layer((weight, bias, groups, transposed): PyLayer) -> PyResult<Layer> {
-    Layer::new(weight.0, bias.map(|b| b.0), groups, transposed).map_err(to_py)
+pub(super) fn layer(
+    (weight, bias, groups, transposed): PyLayerParameters,
+) -> PyResult<LayerParameters> {
+    LayerParameters::new(weight.0, bias.map(|b| b.0), groups, transposed).map_err(to_py)
 }
 
 fn batch_norm((weight, bias, running_mean, running_var, eps): PyBatchNorm) -> BatchNorm {
@@ -63,7 +65,7 @@ fn find_batch_norms_to_fold(
 #[pyfunction]
 fn fold_batch_norm(
     py: Python<'_>,
-    layer: PyLayer,
+    layer: PyLayerParameters,
     norm: PyBatchNorm,
     direction: &str,
 ) -> PyResult<(PyTensor, PyTensor)> {

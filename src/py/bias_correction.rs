@@ -1,6 +1,6 @@
 //! Bias correction: neighbouring normalizations on a graph, and the arithmetic.
 
-use super::batch_norm_fold::{layer, PyLayer};
+use super::batch_norm_fold::{layer, PyLayerParameters};
 use super::error::to_py;
 use super::graph::Graph;
 use crate::graph::batch_norm_fold::{neighbours, Follower};
@@ -73,7 +73,7 @@ fn expected_input(
 #[pyfunction]
 fn correct_bias_analytically(
     py: Python<'_>,
-    layer: PyLayer,
+    layer: PyLayerParameters,
     quantized: PyTensor,
     mean_input: PyTensor,
 ) -> PyResult<PyTensor> {
@@ -88,7 +88,7 @@ fn correct_bias_analytically(
 #[pyfunction]
 fn correct_bias_empirically(
     py: Python<'_>,
-    layer: PyLayer,
+    layer: PyLayerParameters,
     float: &PyChannelMean,
     quantized: &PyChannelMean,
 ) -> PyResult<PyTensor> {

@@ -1,6 +1,6 @@
 //! Cross-layer equalization: finding the layers on a graph, and the arithmetic.
 
-use super::batch_norm_fold::{layer, module_ids, PyLayer};
+use super::batch_norm_fold::{layer, module_ids, PyLayerParameters};
 use super::error::to_py;
 use super::graph::Graph;
 use crate::graph::cross_layer_equalization::{cut_into_sets, layer_groups, norm_linears, Shape};
@@ -60,8 +60,8 @@ type Parameters = Vec<(PyTensor, Option<PyTensor>)>;
 #[pyfunction]
 fn equalize_layers(
     py: Python<'_>,
-    chain: Vec<PyLayer>,
-    last: Vec<PyLayer>,
+    chain: Vec<PyLayerParameters>,
+    last: Vec<PyLayerParameters>,
 ) -> PyResult<(Parameters, Vec<PyTensor>)> {
     let chain: Vec<_> = chain.into_iter().map(layer).collect::<PyResult<_>>()?;
     let last: Vec<_> = last.into_iter().map(layer).collect::<PyResult<_>>()?;
@@ -81,8 +81,8 @@ fn equalize_layers(
 #[pyfunction]
 fn absorb_bias(
     py: Python<'_>,
-    first: PyLayer,
-    second: PyLayer,
+    first: PyLayerParameters,
+    second: PyLayerParameters,
     gamma_beta: (PyTensor, PyTensor),
     factor: PyTensor,
     activation: bool,

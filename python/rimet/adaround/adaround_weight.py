@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -16,20 +18,23 @@ from rimet import _core
 from rimet._graph.inputs import ForwardFn
 from rimet._graph.streaming import Activation, Visit
 from rimet._weight_layers import (
+    NOT_FINITE,
     SUPPORTED,
     Layer,
     WeightTechnique,
-    changed,
     check_checkpoints_config,
     first_batches,
     linear_map,
     paths_of,
+    set_weight,
     treat_weights,
     weight_layers,
 )
 from rimet.common.defs import QuantScheme
 from rimet.ptq_results import LayerEntry, LayerwiseReport, layer_seed
 from rimet.quantsim import QuantizationSimModel, _files
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Adaround", "AdaroundParameters", "AdaroundSupportedModules"]
 
@@ -84,6 +89,10 @@ class AdaroundParameters:
         first_batches(data_loader, num_batches)  # checks the number
         if num_batches < 1:
             raise ValueError(f"num_batches: expected 1 or more, got {num_batches}")
+        if default_num_iterations is not None and default_num_iterations < 1:
+            raise ValueError(
+                f"default_num_iterations: expected 1 or more, got {default_num_iterations}"
+            )
         self.data_loader = data_loader
         self.num_batches = num_batches
         self.num_iterations = default_num_iterations
@@ -97,9 +106,10 @@ class AdaroundParameters:
         self.results_dir = results_dir
         self.memory_budget = memory_budget
         self.progress = progress
+        self._settings(())
 
     def _settings(self, bitwidths: Iterable[int]) -> dict[str, Any]:
-        """What the engine takes, with the defaults filled in."""
+        """What the engine takes, with the defaults filled in; checked."""
         iterations = self.num_iterations
         if iterations is None:
             narrow = any(bitwidth < 8 for bitwidth in bitwidths)
@@ -107,14 +117,17 @@ class AdaroundParameters:
         learning_rate = self.learning_rate
         if learning_rate is None:
             learning_rate = _core.adaround_learning_rate(iterations)
-        return {
+        start, end = self.beta_range
+        settings: dict[str, Any] = {
             "num_iterations": iterations,
             "reg_param": float(self.reg_param),
-            "beta_range": (float(self.beta_range[0]), float(self.beta_range[1])),
+            "beta_range": (float(start), float(end)),
             "warm_start": float(self.warm_start),
             "learning_rate": float(learning_rate),
             "early_stop": self.early_stop,
         }
+        _core.check_adaround_settings(**settings)
+        return settings
 
 
 class Adaround:
@@ -183,8 +196,8 @@ class Adaround:
                 for quantizer in quantizers.values():
                     if quantizer is not None:
                         quantizer.bitwidth = bitwidth
-        sim.exclude_layers_from_quantization([sim.model.get_submodule(p) for p in ignored])
-        report = cls.round_simulation(sim, params)
+        left_out = [sim.model.get_submodule(path) for path in ignored]
+        report = cls.round_simulation(sim, params, left_out)
         treated = {f"{layer.path}.weight" for layer in report.treated}
         _, encodings = _files.collect(sim.model)
         sections = _core.encodings_sections([], [e for e in encodings if e[0] in treated])
@@ -277,6 +290,7 @@ class _AdaRound(WeightTechnique):
     """Rounds weights."""
 
     name = "AdaRound"
+    changes_weights = True
 
     def __init__(self, settings: dict[str, Any], seed: int, progress: bool) -> None:
         self.settings = settings
@@ -293,7 +307,11 @@ class _AdaRound(WeightTechnique):
         # A spilled tensor is a mapped file: the list holds no memory of its own.
         targets = list(visit.float_outputs)
         inputs = list(visit.quant_inputs)
-        with self.steps(layer, self.settings["num_iterations"]) as progress:
+        with (
+            self.steps(layer, self.settings["num_iterations"]) as progress,
+            # The model may have run under autocast; the engine says itself what it computes in what type.
+            torch.autocast(layer.module.weight.device.type, enabled=False),
+        ):
             result = _core.adaround_layer(
                 linear_map(layer.module),
                 layer.module.weight,
@@ -311,24 +329,25 @@ class _AdaRound(WeightTechnique):
                 progress=progress,
                 **self.settings,
             )
+        losses = {"loss_before": result["loss_before"], "loss_after": result["loss_after"]}
+        is_finite = all(map(math.isfinite, losses.values()))
         if result["kept_nearest"]:
-            note = "nearest rounding was kept: the one found was no better"
+            why = "the one found was no better" if is_finite else NOT_FINITE
+            kept = f"nearest rounding was kept: {why}"
+            note = kept if note is None else f"{kept}; {note}"
+        if not is_finite:
+            logger.warning("%s: %s", layer.path, note)
         entry.done(
             {"weight": result["weight"]},
-            loss_before=result["loss_before"],
-            loss_after=result["loss_after"],
+            **(losses if is_finite else {}),
             note=note,
             bitwidth=quantizer.bitwidth,
             method=result["method"],
             iterations=result["iterations"],
         )
 
-    def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        return {"weight": layer.module.weight}
-
     def apply(self, layer: Layer, tensors: dict[str, Tensor]) -> None:
-        with changed(layer):
-            layer.module.weight.copy_(tensors["weight"])
+        set_weight(layer, tensors["weight"])
 
 
 # Activation functions

@@ -41,6 +41,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process was writing by :func:`atomic_path` into a folder."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file, whole or not at all."""
     with atomic_path(path) as part:

@@ -85,14 +85,19 @@ def _selected(sim: QuantizationSimModel, arg: Selection) -> Iterator[tuple[str, 
 
 
 def _along_input_channels(
-    module: nn.Module, value: int | Sequence[int], rest: int, dims: int
+    module: nn.Module, argument: str, value: int | Sequence[int], rest: int, dims: int
 ) -> tuple[int, ...]:
     """A whole tuple from a single number, which stands at the axis of input channels.
 
     The axis of output channels gets 1, every other axis ``rest``.
+
+    Raises:
+        TypeError: ``value``, which the caller knows as ``argument``, is neither.
     """
-    if not isinstance(value, int):
+    if isinstance(value, Sequence) and all(isinstance(item, int) for item in value):
         return tuple(value)
+    if not isinstance(value, int):
+        raise TypeError(f"{argument}: expected an int or a sequence of ints, got {value!r}")
     out_axis, in_axis = (1, 0) if isinstance(module, _TRANSPOSED) else (0, 1)
     full = [rest] * dims
     full[out_axis], full[in_axis] = 1, value
@@ -123,7 +128,7 @@ def _blocked_weights(
         if module.param_quantizers["weight"] is None:
             logger.info("%s: its weight is not quantized and stays so", path)
             continue
-        sizes = _along_input_channels(module, block_size, -1, weight.dim())
+        sizes = _along_input_channels(module, "block_size", block_size, -1, weight.dim())
         if len(sizes) != weight.dim():
             problems.append(
                 f"{path}: block_size has {len(sizes)} entries, its weight {weight.dim()} dimensions"
@@ -203,13 +208,13 @@ def set_grouped_blockwise_quantization_for_weights(
 
     Raises:
         RuntimeError: blocks that do not divide a weight, groups that do not divide the blocks,
-            modules without a weight; all are named, and nothing is changed.
-        ValueError: an asymmetric grid, or ``decompressed_bw`` below ``bitwidth``.
+            modules without a weight; all are named, and nothing is changed. An asymmetric grid, or
+            ``decompressed_bw`` below ``bitwidth``.
     """
     made = []
     problems = []
     for path, module, blocks, count in _blocked_weights(sim, arg, block_size):
-        groups = _along_input_channels(module, block_grouping, 1, len(count))
+        groups = _along_input_channels(module, "block_grouping", block_grouping, 1, len(count))
         if len(groups) != len(count) or any(
             g != -1 and (g < 1 or n % g) for n, g in zip(count, groups, strict=True)
         ):

@@ -14,6 +14,7 @@ const UNROLL: usize = 4;
 /// The terms of one row of the output: rows of the input, and what each is multiplied with.
 pub type Terms<C> = Vec<(usize, C)>;
 
+/// What one thread does of [`combine_rows`], with its arguments.
 struct Combine<'a, C> {
     terms: &'a [Terms<C>],
     rows: usize,
@@ -21,6 +22,7 @@ struct Combine<'a, C> {
     len: usize,
     input: *const C,
     output: *mut C,
+    /// The elements of every row that are this thread's alone: within `0..len`.
     begin: usize,
     end: usize,
 }
@@ -30,7 +32,7 @@ impl<C: Compute> Combine<'_, C> {
     /// distance is a power of two are in each other's way in the cache.
     ///
     /// # Safety
-    /// `n` elements from `at`, more than `N - 1` vectors and at most `N`, are within the rows.
+    /// The `n` elements from `at`, more than `N - 1` vectors and at most `N`, are within `begin..end`.
     #[inline(always)]
     unsafe fn vectors<S: Simd, const N: usize>(
         &self,
@@ -42,7 +44,7 @@ impl<C: Compute> Combine<'_, C> {
         for (row, vectors) in inputs[..self.rows].iter_mut().enumerate() {
             for (j, vector) in vectors[..N].iter_mut().enumerate() {
                 let place = row * self.len + at + j * LANES;
-                // SAFETY: by the contract.
+                // SAFETY: `row` is one of the input's `rows`, and the elements are within it.
                 *vector = unsafe { load_up_to::<S, C, C>(self.input.add(place), lanes(j)) };
             }
         }
@@ -56,7 +58,8 @@ impl<C: Compute> Combine<'_, C> {
             }
             for (j, sum) in sums.into_iter().enumerate() {
                 let place = row * self.len + at + j * LANES;
-                // SAFETY: by the contract.
+                // SAFETY: the output has as many rows as there are `terms`; the elements are within this one, and
+                // this thread's.
                 unsafe { store_up_to::<S, C, C>(self.output.add(place), lanes(j), sum) };
             }
         }
@@ -69,7 +72,7 @@ impl<C: Compute> Body for Combine<'_, C> {
     fn run<S: Simd>(self) {
         let mut inputs = [[<C::V<S>>::splat(C::ZERO); UNROLL]; MOST_ROWS];
         let mut at = self.begin;
-        // SAFETY: `begin..end` is within the rows and this call's alone.
+        // SAFETY: `at + n` is never beyond `end`.
         unsafe {
             while at + UNROLL * LANES <= self.end {
                 self.vectors::<S, UNROLL>(at, UNROLL * LANES, &mut inputs);

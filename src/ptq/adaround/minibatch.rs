@@ -1,11 +1,11 @@
 //! The loss's gradient for samples that are drawn anew for each step.
 
-use super::{Activation, BatchShape, Layer, BATCH_SIZE};
+use super::{Activation, BatchShape, Layer, Pulse, BATCH_SIZE};
 use crate::error::Result;
 use crate::ops::reconstruction_gradient;
 use crate::ptq::matrix_products::{MatrixProducts, Reused};
 use crate::ptq::random::Random;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Kind, Tensor};
 
 /// Draws samples and computes their loss's gradient.
 pub(super) struct Minibatch<'a> {
@@ -14,7 +14,7 @@ pub(super) struct Minibatch<'a> {
     products: Option<MatrixProducts<'a>>,
     /// For the products, where memory allows.
     prepared: Option<Prepared>,
-    memory: Memory,
+    buffers: Buffers,
 }
 
 /// Inputs and targets of all samples, as matrix products take and give them.
@@ -29,7 +29,7 @@ struct Prepared {
 
 /// What steps write to in turns.
 #[derive(Debug, Default)]
-struct Memory {
+struct Buffers {
     inputs: Reused,
     /// Those of the weight, then their gradients; of a filtered one.
     kernels: Reused,
@@ -63,7 +63,7 @@ impl<'a> Minibatch<'a> {
             sampler: Sampler::new(batches, seed),
             products: None,
             prepared: None,
-            memory: Memory::default(),
+            buffers: Buffers::default(),
         }
     }
 
@@ -73,27 +73,28 @@ impl<'a> Minibatch<'a> {
         batches: Vec<BatchShape>,
         products: MatrixProducts<'a>,
         seed: u64,
+        pulse: &mut Pulse<'_, '_>,
     ) -> Result<Self> {
         Ok(Self {
-            prepared: Prepared::new(layer, &batches, &products)?,
+            prepared: Prepared::new(layer, &batches, &products, pulse)?,
             sampler: Sampler::new(batches, seed),
             products: Some(products),
-            memory: Memory::default(),
+            buffers: Buffers::default(),
         })
     }
 
     /// The gradient of a step's loss with respect to the soft-rounded weight, in its order.
     pub(super) fn gradient(&mut self, layer: &Layer<'_>, rounded: &Tensor) -> Result<Tensor> {
         let samples = self.sampler.draw();
-        let memory = &mut self.memory;
+        let buffers = &mut self.buffers;
         let Some(products) = &self.products else {
-            return gradient_of_layer(layer, rounded, &samples, memory);
+            return gradient_of_layer(layer, rounded, &samples, buffers);
         };
         let (inputs, targets) = match &self.prepared {
-            Some(prepared) => prepared.draw(&samples, products, memory)?,
-            None => prepare(layer, &samples, products, memory)?,
+            Some(prepared) => prepared.draw(&samples, products, buffers)?,
+            None => prepare(layer, &samples, products, buffers)?,
         };
-        gradient_of_products(layer, rounded, products, &inputs, targets, memory)
+        gradient_of_products(layer, rounded, products, &inputs, targets, buffers)
     }
 }
 
@@ -103,6 +104,7 @@ impl Prepared {
         layer: &Layer<'_>,
         batches: &[BatchShape],
         products: &MatrixProducts<'_>,
+        pulse: &mut Pulse<'_, '_>,
     ) -> Result<Option<Self>> {
         let samples: i64 = batches.iter().map(|b| b.samples as i64).sum();
         let largest = batches.iter().map(|b| b.samples as i64).max().unwrap_or(0);
@@ -115,6 +117,7 @@ impl Prepared {
         let mut begin = 0;
         let mut whole: Option<(Tensor, Tensor)> = None;
         for (index, batch) in batches.iter().enumerate() {
+            pulse.beat()?;
             let parts = (
                 products.inputs(&layer.input(index)?, layer.weight)?,
                 products.arranged_output(&layer.target(index)?)?,
@@ -150,14 +153,14 @@ impl Prepared {
         &self,
         samples: &[(usize, i64)],
         products: &MatrixProducts<'_>,
-        memory: &mut Memory,
+        buffers: &mut Buffers,
     ) -> Result<(Tensor, Part)> {
         let places: Vec<i64> = samples
             .iter()
             .map(|&(batch, place)| self.begins[batch] + place)
             .collect();
         let size = self.inputs.size();
-        let inputs = memory
+        let inputs = buffers
             .inputs
             .take(&[size[0], places.len() as i64, size[2]], &self.inputs)?;
         let _ = self
@@ -182,9 +185,9 @@ fn prepare(
     layer: &Layer<'_>,
     samples: &[(usize, i64)],
     products: &MatrixProducts<'_>,
-    memory: &mut Memory,
+    buffers: &mut Buffers,
 ) -> Result<(Tensor, Part)> {
-    let (input, parts) = drawn(layer, samples, memory)?;
+    let (input, parts) = drawn(layer, samples, buffers)?;
     let inputs = products.inputs(&layer.padded(&input)?, layer.weight)?;
     let targets: Vec<Tensor> = parts.iter().map(Part::drawn).collect::<Result<_>>()?;
     let target = Tensor::f_cat(&targets, 0)?.f_to_kind(layer.kind)?;
@@ -203,7 +206,7 @@ fn prepare(
 fn drawn(
     layer: &Layer<'_>,
     samples: &[(usize, i64)],
-    memory: &mut Memory,
+    buffers: &mut Buffers,
 ) -> Result<(Tensor, Vec<Part>)> {
     let mut begin = 0;
     let mut inputs = vec![];
@@ -223,10 +226,16 @@ fn drawn(
     // The batches themselves stay where they are.
     let mut size = inputs[0].size();
     size[0] = begin;
-    let input = memory.inputs.take(&size, &inputs[0])?;
+    let one_kind = inputs.iter().all(|batch| batch.kind() == inputs[0].kind());
+    let like = if one_kind { &inputs[0] } else { layer.weight };
+    let input = buffers.inputs.take(&size, like)?;
     for (batch, part) in inputs.iter().zip(&parts) {
-        let place = input.f_narrow(0, part.begin, part.len)?;
-        let _ = batch.f_index_select_out(&place, 0, &part.samples)?;
+        let mut place = input.f_narrow(0, part.begin, part.len)?;
+        if one_kind {
+            let _ = batch.f_index_select_out(&place, 0, &part.samples)?;
+        } else {
+            place.f_copy_(&batch.f_index_select(0, &part.samples)?)?;
+        }
     }
     Ok((input, parts))
 }
@@ -235,10 +244,10 @@ fn gradient_of_layer(
     layer: &Layer<'_>,
     rounded: &Tensor,
     samples: &[(usize, i64)],
-    memory: &mut Memory,
+    buffers: &mut Buffers,
 ) -> Result<Tensor> {
     let map = layer.problem.map;
-    let (input, parts) = drawn(layer, samples, memory)?;
+    let (input, parts) = drawn(layer, samples, buffers)?;
     let input = layer.padded(&input)?;
     let output = layer.forward(&input, rounded)?.f_contiguous()?;
     let grad = layer.output_gradient(&output, &parts, map.num_rows(&output))?;
@@ -252,23 +261,23 @@ fn gradient_of_products(
     products: &MatrixProducts<'_>,
     inputs: &Tensor,
     targets: Part,
-    memory: &mut Memory,
+    buffers: &mut Buffers,
 ) -> Result<Tensor> {
     let (count, samples) = (inputs.size()[0], inputs.size()[1]);
     let rows = inputs.f_view([count, samples * products.tiles(), -1])?;
-    let kernels = products.kernels(rounded, &mut memory.kernels)?;
+    let kernels = products.kernels(rounded, &mut buffers.kernels)?;
     let size = [count, rows.size()[1], kernels.size()[1]];
-    let of_rows = memory.products.take(&size, &rows)?;
+    let of_rows = buffers.products.take(&size, &rows)?;
     let _ = rows.f_bmm_out(&of_rows, &kernels.f_transpose(1, 2)?)?;
-    let mut output = products.output(&of_rows, &mut memory.outputs)?;
+    let mut output = products.output(&of_rows, &mut buffers.outputs)?;
     if let Some(bias) = layer.bias {
         let _ = output.f_add_(bias)?;
     }
     let grad = layer.output_gradient(&output, &[targets], samples * products.places())?;
-    let grad = products.products_gradient(&grad, samples, &mut memory.products)?;
-    let of_kernels = memory.kernels.take(&kernels.size(), &kernels)?;
+    let grad = products.products_gradient(&grad, samples, &mut buffers.products)?;
+    let of_kernels = buffers.kernels.take(&kernels.size(), &kernels)?;
     let _ = grad.f_transpose(1, 2)?.f_bmm_out(&of_kernels, &rows)?;
-    products.weight_gradient(&of_kernels, &mut memory.weight)
+    products.weight_gradient(&of_kernels, &mut buffers.weight)
 }
 
 impl Layer<'_> {
@@ -286,15 +295,11 @@ impl Layer<'_> {
         let targets: Vec<Tensor> = parts.iter().map(Part::drawn).collect::<Result<_>>()?;
         let target = Tensor::f_cat(&targets, 0)?.f_to_kind(self.kind)?;
         let target = activation.apply(&target.f_reshape_as(output)?)?;
-        tch::with_grad(|| {
-            let output = output.f_detach()?.f_set_requires_grad(true)?;
-            let loss = activation
-                .apply(&output)?
-                .f_mse_loss(&target, Reduction::Sum)?
-                * (0.5 * factor);
-            let grads = Tensor::f_run_backward(&[loss], &[&output], false, false)?;
-            Ok(grads[0].f_contiguous()?)
-        })
+        let activated = activation.apply(output)?;
+        let grad = (&activated - target).f_mul_scalar(factor)?;
+        Ok(activation
+            .gradient(&grad, output, &activated)?
+            .f_contiguous()?)
     }
 
     /// The same without copies of the targets.
@@ -309,7 +314,7 @@ impl Layer<'_> {
         let by_sample = output.f_view([samples, -1])?;
         for part in parts {
             let mut place = by_sample.f_narrow(0, part.begin, part.len)?;
-            if part.target.kind() == self.kind {
+            if part.target.kind() == self.kind && part.target.is_contiguous() {
                 let target = part.target.f_flatten(1, -1)?;
                 reconstruction_gradient(&mut place, &target, Some(&part.samples), factor, relu)?;
             } else {

@@ -88,17 +88,6 @@ impl<'a> Rounding<'a> {
         )
     }
 
-    /// The weights on their nearest levels.
-    pub(super) fn nearest(&self) -> Result<Tensor> {
-        crate::ops::quantize_dequantize(
-            &self.weight,
-            &self.scale,
-            &self.offset,
-            self.grid,
-            self.block_size.as_deref(),
-        )
-    }
-
     /// Rounding variables whose soft rounding gives the weights themselves: `h(alpha) = frac(W / scale)`.
     pub(super) fn initial_state(&self) -> Result<AdaroundState> {
         let spread = crate::ops::dequantize(

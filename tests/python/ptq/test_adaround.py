@@ -107,9 +107,8 @@ def test_overrides_ignored_modules_and_per_tensor_grids(tmp_path: Path) -> None:
         "stem.weight": [3], "depthwise.weight": [3], "up.weight": [3], "head.weight": [8]
     }  # fmt: skip
     report = json.loads((tmp_path / "p_report.json").read_text())
-    assert "point" not in {
-        layer["path"] for layer in report["layers"] if layer["status"] == "treated"
-    }
+    reasons = {layer["path"]: layer["reason"] for layer in report["layers"]}
+    assert reasons["point"] == "excluded by the caller" and reasons["stem"] is None
 
 
 def test_with_cache_is_the_same(tmp_path: Path) -> None:
@@ -210,6 +209,41 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
     assert not list((tmp_path / "results").glob("*.part"))
 
 
+def test_results_on_other_two_level_scales_are_refused(tmp_path: Path) -> None:
+    def run(decompressed_bw: int) -> None:
+        sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
+        set_grouped_blockwise_quantization_for_weights(
+            sim, [sim.model.head], 4, True, decompressed_bw, 4
+        )
+        Adaround.round_simulation(sim, parameters(results_dir=tmp_path))
+
+    run(8)
+    with pytest.raises(FingerprintMismatchError, match="another grids;"):
+        run(6)
+
+
+def test_an_error_of_a_layer_names_it() -> None:
+    class Chosen(nn.Module):
+        """How many rows the second layer gets depends on the weights of the first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y[y[:, 0] > self.threshold])
+
+    model = Chosen().eval()
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.threshold = float(model.first(x)[:, 0].median())
+        sim = QuantizationSimModel(model, x, default_param_bw=2)
+    with pytest.raises(ValueError, match=r"second \(QuantizedLinear\): .*\[10, 2\]"):
+        Adaround.round_simulation(sim, parameters(data_loader=[x], num_batches=1))
+
+
 def test_a_memory_budget_of_nothing_changes_no_bit() -> None:
     results = []
     for budget in (None, 0):
@@ -218,6 +252,31 @@ def test_a_memory_budget_of_nothing_changes_no_bit() -> None:
         results.append(state(sim.model))
     assert report.walk["memory_budget"] == 0
     assert same(*results)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_inference_mode_and_autocast_around_it(context: Any) -> None:
+    sim = QuantizationSimModel(small(), batches()[0], default_param_bw=4)
+    with context():
+        report = Adaround.round_simulation(sim, parameters())
+    assert [layer.path for layer in report.treated] == TREATED
+    assert all(layer.loss_after <= layer.loss_before for layer in report.treated)  # type: ignore[operator]
+
+
+def test_data_that_is_not_finite_is_reported() -> None:
+    data = batches()
+    data[1][0, 0, 0, 0] = torch.nan
+    sim = QuantizationSimModel(small(), data[0], default_param_bw=4)
+    report = Adaround.round_simulation(sim, parameters(data_loader=data))
+    assert "NaN" in str(report["stem"].note)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    layers = json.loads(report.to_json(), parse_constant=refuse)["layers"]
+    assert layers[0]["path"] == "stem" and layers[0]["loss_before"] is None
 
 
 def test_tied_weights_are_rounded_once() -> None:
@@ -244,6 +303,7 @@ def test_tied_weights_are_rounded_once() -> None:
         ({"num_batches": 0}, ["num_batches", "0"]),
         ({"num_batches": 4, "data_loader": iter(batches())}, ["num_batches", "3", "4"]),
         ({"default_num_iterations": 0}, ["num_iterations"]),
+        ({"default_num_iterations": -3}, ["default_num_iterations", "-3"]),
         ({"default_warm_start": 1.5}, ["warm_start"]),
     ],
 )

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import rimet.nn
 import torch
 from rimet import _core
 from rimet._weight_layers import linear_map
+from rimet.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -127,11 +129,16 @@ def reference(
     return found, loss(nearest).item(), loss(found).item()
 
 
-def check(layer: Any, x: Tensor, noisy: Tensor, activation: str = "none") -> dict[str, Any]:
+def check(
+    layer: Any,
+    x: Tensor,
+    noisy: Tensor,
+    activation: str | tuple[Any, Callable[[Tensor], Tensor]] = "none",
+) -> dict[str, Any]:
     """At most 32 samples, so every step sees all of them and the reference is exact."""
     layer.double()
     x, noisy = x.double(), noisy.double()
-    spec, f = ACTIVATIONS[activation]
+    spec, f = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     target = outputs(layer, layer.weight.detach(), x).detach()
     found, before, after = reference(layer, noisy, target, f)
     # In two batches of unequal size.
@@ -163,6 +170,13 @@ def test_the_activation_function_is_part_of_the_loss(activation: str) -> None:
     layer, x, noisy = quantized("conv2d", "per-channel", symmetric=False)
     result = check(layer, 2 * x, 2 * noisy, activation)
     assert result["method"] == ("gram" if activation == "none" else "minibatch")
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv2d with few places", "odd places"])
+def test_prelu_has_a_weight_for_each_channel_however_the_layer_is_computed(name: str) -> None:
+    layer, x, noisy = quantized(name, "per-channel")
+    slopes = torch.linspace(-0.2, 0.5, len(layer.weight)).double()
+    check(layer, x, noisy, (("prelu", [], slopes), lambda x: F.prelu(x, slopes)))
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "prelu", "silu"])
@@ -217,6 +231,18 @@ def test_both_methods_are_taken_and_agree_with_the_reference() -> None:
     # 4 input channels x 9 taps over 150 places against 16 x 9 over 8: many rows or many columns.
     assert check(*quantized("conv2d", "per-channel"))["method"] == "gram"
     assert check(*quantized("conv2d with few places", "per-channel"))["method"] == "minibatch, rows"
+
+
+def test_large_batches_are_taken_in_parts() -> None:
+    layer = rimet.nn.QuantizationMixin.from_module(nn.Conv2d(64, 16, 3, dilation=2))
+    layer.param_quantizers["weight"] = QuantizeDequantize([16, 1, 1, 1], 4, True)
+    layer.compute_param_encodings()
+    # 19 million elements of rows; parts hold 16.8 million at most.
+    x = torch.randn(8, 64, 68, 68)
+    target = layer.get_original_module()(x).detach()
+    whole = run(layer, [x], [target])
+    samples = run(layer, list(x.split(1)), list(target.split(1)))
+    assert torch.equal(whole["weight"], samples["weight"]) and whole["method"] == "gram"
 
 
 def test_the_best_of_all_roundings_is_found() -> None:
@@ -282,14 +308,64 @@ def test_samples_come_from_batches_of_different_shapes() -> None:
     assert result["loss_after"] <= result["loss_before"]
 
 
+def test_batches_may_differ_in_dtype() -> None:
+    layer, x, noisy = quantized("conv2d", "per-channel")
+    target = layer.get_original_module()(x).detach()
+    relu = ("relu", [], None)
+    batches = [noisy[:2].half(), noisy[2:]], [target[:2].half(), target[2:]]
+    result = run(layer, *batches, relu)
+    single = run(layer, [b.float() for b in batches[0]], [b.float() for b in batches[1]], relu)
+    assert torch.equal(result["weight"], single["weight"])
+
+
+@pytest.mark.parametrize("activation", ["relu", "prelu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_layers_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_layers_are_computed_in_float32(dtype: torch.dtype, activation: str) -> None:
     layer, x, _ = quantized("conv2d", "per-channel")
     target = layer.get_original_module()(x).detach()
     half = layer.to(dtype)
-    result = run(half, [x.to(dtype)], [target.to(dtype)], ("relu", [], None))
+    weights = torch.tensor([0.3], dtype=dtype) if activation == "prelu" else None
+    result = run(half, [x.to(dtype)], [target.to(dtype)], (activation, [], weights))
     assert result["weight"].dtype == dtype
     assert result["loss_after"] < result["loss_before"]
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("name", ["conv2d", "depthwise", "odd places"])
+def test_the_memory_format_changes_no_bit(name: str, activation: str) -> None:
+    layer, x, noisy = quantized(name, "per-channel")
+    target = layer.get_original_module()(x).detach()
+    expected = run(layer, [noisy], [target], ACTIVATIONS[activation][0])["weight"]
+    layer.to(memory_format=torch.channels_last)
+    inputs = [noisy.to(memory_format=torch.channels_last)]
+    targets = [target.to(memory_format=torch.channels_last)]
+    found = run(layer, inputs, targets, ACTIVATIONS[activation][0])["weight"]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inference_mode_changes_no_bit(activation: str) -> None:
+    layer, x, noisy = quantized("conv2d", "per-channel")
+    layer.double()
+    target = layer.get_original_module()(x.double()).detach()
+    arguments = layer, [noisy.double()], [target], ACTIVATIONS[activation][0]
+    expected = run(*arguments)
+    with torch.inference_mode():
+        found = run(*arguments)
+    assert torch.equal(found.pop("weight"), expected.pop("weight")) and found == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["linear", "odd places"])
+def test_nearest_rounding_is_kept_at_once_where_data_is_not_finite(name: str, value: float) -> None:
+    layer, x, noisy = quantized(name, "per-channel")
+    target = layer.get_original_module()(x).detach()
+    noisy[0, 0] = value
+    result = run(layer, [noisy], [target], ("relu", [], None))
+    assert result["kept_nearest"] and result["iterations"] == 0
+    assert not math.isfinite(result["loss_before"])
+    quantizer = layer.param_quantizers["weight"]
+    assert torch.equal(result["weight"], quantizer(layer.weight).as_subclass(Tensor).detach())
 
 
 def test_an_early_stop_saves_steps_and_is_off_by_default() -> None:
@@ -314,7 +390,8 @@ def test_an_exception_in_the_progress_function_ends_the_work() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(layer, [x], [target], num_iterations=10**6, progress=progress)
-    assert seen == [0, 50, 100]
+    # Others between them if they took long.
+    assert [steps for steps in seen if steps % 50 == 0] == [0, 50, 100] and seen == sorted(seen)
 
 
 @pytest.mark.parametrize(
@@ -343,3 +420,24 @@ def test_bad_settings_are_named(changes: dict[str, Any], words: list[str]) -> No
         run(layer, [x], [])
     with pytest.raises(ValueError, match="sample"):
         run(layer, [x], [target[:3]])
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    layer, x, _ = quantized("odd places", "per-channel")
+    target = layer.get_original_module()(x).detach()
+    for other in (target[..., None], target[:, :60], target[..., 1:], target.transpose(2, 3)):
+        with pytest.raises(ValueError, match=r"outputs, batch 0.*5, 64, 5, 6"):
+            run(layer, [x], [other], ("relu", [], None))
+    quantizer = layer.param_quantizers["weight"]
+    scale, offset = quantizer.get_scale(), quantizer.get_offset()
+    for shape, block in (
+        ((1, 64, 1, 1, 1), None),
+        ((7, 1, 1, 1), None),
+        ((64, 1, 1, 1), [1, 1, 64, 3, 3]),
+    ):
+        with pytest.raises(ValueError, match="scale"):
+            _core.adaround_layer(
+                linear_map(layer), layer.weight, layer.bias, [x], [target],
+                scale[:1].expand(shape), offset[:1].expand(shape),
+                qmin=quantizer.qmin, qmax=quantizer.qmax, block_size=block, activation=None, **SETTINGS,
+            )  # fmt: skip

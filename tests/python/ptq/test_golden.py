@@ -75,10 +75,8 @@ def test_sequential_mse_of_a_model_with_two_level_scales_chooses_as_aimet() -> N
     apply_seq_mse(sim, [recorded["x"]], 20, progress=False)
     for path in ("0", "2"):
         quantizer: Any = sim.model.get_submodule(f"{path}.param_quantizers.weight")
-        # The same candidates: they are 5 % apart. Some ranges differ in the last bit.
         for end in ("min", "max"):
-            got, expected = getattr(quantizer, end).detach(), recorded[f"{path}.{end}"]
-            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+            assert torch.equal(getattr(quantizer, end).detach(), recorded[f"{path}.{end}"])
 
 
 def test_candidates_are_aimets() -> None:

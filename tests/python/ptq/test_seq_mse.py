@@ -22,7 +22,7 @@ from rimet.quantsim.config_utils import (
     set_grouped_blockwise_quantization_for_weights,
 )
 from rimet.seq_mse import SeqMseParams, apply_seq_mse
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .models import batches, small, stop_after
@@ -189,6 +189,115 @@ def test_cache_dir_is_aimets(tmp_path: Path) -> None:
     assert same(ranges(first), ranges(second))
 
 
+def test_cache_dir_of_another_run_is_refused(tmp_path: Path) -> None:
+    apply_seq_mse(simulation(), batches(), cache_dir=tmp_path, progress=False)
+    (tmp_path / ".head.safetensors.abc.part").touch()  # a process was killed while it wrote this
+    for sim, changes, words in (
+        (simulation(), {"num_candidates": 5}, "another num_candidates;"),
+        (simulation(8), {}, "another grids, another weights;"),
+        (simulation(), {"data_loader": batches(seed=9)}, "another data;"),
+    ):
+        arguments: dict[str, Any] = {"data_loader": batches(), **changes}
+        with pytest.raises(FingerprintMismatchError, match=words):
+            apply_seq_mse(sim, cache_dir=tmp_path, progress=False, **arguments)
+        assert not ranges(sim)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_cache_dir_of_aimet_is_taken_with_a_warning_if_its_shapes_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = {"min": torch.full((5, 1), -0.5), "max": torch.full((5, 1), 0.4375)}
+    save_file(kept, tmp_path / "head.safetensors")
+    (tmp_path / "running_module_names.txt").write_text("head\n")
+    sim = simulation()
+    report = apply_seq_mse(sim, batches(), cache_dir=tmp_path, progress=False)
+    assert report["head"].status == "resumed" and report["stem"].status == "treated"
+    assert "head.safetensors does not say what it was made from" in caplog.text
+    assert torch.equal(sim.model.head.param_quantizers["weight"].min, kept["min"])
+    save_file({"min": torch.zeros(7, 1), "max": torch.ones(7, 1)}, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=r"head.safetensors: min: .*\(5, 1\).*\(7, 1\)"):
+        apply_seq_mse(simulation(), batches(), cache_dir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("folder", ["cache_dir", "results_dir"])
+def test_results_are_refused_if_forward_fn_or_the_models_code_is_another(
+    tmp_path: Path, folder: str
+) -> None:
+    def run(scale: float, activation: nn.Module) -> None:
+        sim = simulation()
+        sim.model.relu = activation
+        apply_seq_mse(
+            sim,
+            batches(),
+            forward_fn=lambda model, x: model(x * scale),
+            progress=False,
+            **{folder: tmp_path},  # type: ignore[arg-type]
+        )
+
+    run(1.0, nn.ReLU())
+    with pytest.raises(FingerprintMismatchError, match="another forward_fn, .* at stem;"):
+        run(2.0, nn.ReLU())
+    with pytest.raises(FingerprintMismatchError, match="or model .* at depthwise;"):
+        run(1.0, nn.Tanh())
+    run(1.0, nn.ReLU())
+
+
+@pytest.mark.parametrize("technique", ["seq_mse", "adaround"])
+def test_a_sample_that_holds_nan_changes_nothing_and_is_said(
+    technique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = batches()
+    data[1][0, 0, 0, 0] = float("nan")
+    sim = simulation()
+    for module in sim.qmodules():
+        module.compute_param_encodings()
+    before = ranges(sim)
+    weight = sim.model.stem.weight.detach().clone()
+    nearest = sim.model.stem.param_quantizers["weight"](weight).as_subclass(Tensor)
+    if technique == "seq_mse":
+        report = apply_seq_mse(sim, data, progress=False)
+    else:
+        params = AdaroundParameters(data, 3, 10, progress=False)
+        report = Adaround.round_simulation(sim, params)
+    assert same(ranges(sim), before)
+    assert torch.equal(sim.model.stem.weight, weight if technique == "seq_mse" else nearest)
+    assert report["stem"].loss_after is None and "NaN" in str(report["stem"].note)
+    assert "stem: " in caplog.text and "hold infinities, NaN" in caplog.text
+    json.loads(report.to_json(), parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def test_layers_that_cannot_be_treated_are_all_in_the_report() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+            self.recurrent = nn.LSTM(6, 5)
+            self.table, self.last = nn.Embedding(3, 4), nn.Linear(5, 2)
+
+        def forward(self, i: Tensor) -> Tensor:
+            return self.last(self.recurrent(self.normed(self.table(i)))[0])
+
+    x = torch.tensor([[0, 1, 2]])
+    sim = QuantizationSimModel(Mixed().eval(), x, default_param_bw=4)
+    report = apply_seq_mse(sim, [x], progress=False)
+    assert [layer.path for layer in report.treated] == ["last"]
+    assert report.skipped == {
+        "table": "a QuantizedEmbedding is no Linear, Conv or ConvTranspose",
+        "recurrent": "a QuantizedLSTM is no Linear, Conv or ConvTranspose",
+        "normed": "it is not quantized",
+    }
+
+
+def test_an_error_leaves_the_simulation_uncalibrated() -> None:
+    sim = simulation(grid="lpbq")
+    for changes in ({"memory_budget": -1}, {"data_loader": []}):
+        arguments: dict[str, Any] = {"data_loader": batches(), **changes}
+        with pytest.raises(ValueError):
+            apply_seq_mse(sim, progress=False, **arguments)
+        assert not ranges(sim)
+
+
 def test_an_interrupted_run_leaves_the_simulation_and_goes_on_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,10 +306,7 @@ def test_an_interrupted_run_leaves_the_simulation_and_goes_on_with_the_same_bits
     stop_after(monkeypatch, "seq_mse_layer", 3)
     with pytest.raises(KeyboardInterrupt):
         apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
-    fresh = simulation()
-    for layer in fresh.qmodules():
-        layer.compute_param_encodings()
-    assert same(ranges(sim), ranges(fresh))  # calibrated, not treated
+    assert not ranges(sim)  # not even calibrated, as before
     monkeypatch.undo()
     report = apply_seq_mse(sim, batches(), results_dir=tmp_path, progress=False)
     assert [report[name].status for name in TREATED] == ["resumed"] * 3 + ["treated"] * 2

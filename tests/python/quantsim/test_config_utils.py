@@ -197,3 +197,13 @@ def test_training_moves_ranges_and_keeps_integer_scales() -> None:
     for quantizer, ranges in zip(quantizers, before, strict=True):
         moved = quantizer.max.detach() != ranges
         assert moved.float().mean() > 0.5
+
+
+def test_block_sizes_that_are_no_integers_are_named() -> None:
+    sim, _ = simulation()
+    for size in (8.0, (1, 4.0), None):
+        wrong: Any = size
+        with pytest.raises(TypeError, match=r"block_size: expected an int or a sequence of ints"):
+            set_blockwise_quantization_for_weights(sim, [nn.Linear], 4, True, wrong)
+        with pytest.raises(TypeError, match=r"block_grouping: expected an int or a sequence"):
+            set_grouped_blockwise_quantization_for_weights(sim, [nn.Linear], 4, True, 8, 4, wrong)

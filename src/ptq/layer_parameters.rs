@@ -1,4 +1,4 @@
-//! Convolutions and linear layers under one view.
+//! Parameters of convolutions and linear layers under one view. Their geometry is a [`LinearMap`](super::linear_map::LinearMap).
 
 use crate::error::{Error, Result};
 use crate::ops;
@@ -16,7 +16,7 @@ pub(super) enum Channels {
 
 /// Parameters of a convolution (1d, 2d, 3d), a transposed convolution or a linear layer.
 #[derive(Debug)]
-pub struct Layer {
+pub struct LayerParameters {
     /// `[out_channels, in_channels / groups, ...]`; `[in_channels, out_channels / groups, ...]` if transposed.
     pub weight: Tensor,
     /// `[out_channels]`.
@@ -25,7 +25,7 @@ pub struct Layer {
     pub transposed: bool,
 }
 
-impl Layer {
+impl LayerParameters {
     /// Checks that the groups divide the channels.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ impl Layer {
                 format!("shape {size:?}"),
             ));
         }
-        Ok(Layer {
+        Ok(LayerParameters {
             weight,
             bias,
             groups,
@@ -199,7 +199,8 @@ mod tests {
     fn grouped_view_holds_for_every_kind_of_layer() {
         let options = (Kind::Double, Device::Cpu);
         let x = Tensor::randn([1, 4, 1, 1], options);
-        let conv = Layer::new(Tensor::randn([6, 2, 1, 1], options), None, 2, false).unwrap();
+        let conv =
+            LayerParameters::new(Tensor::randn([6, 2, 1, 1], options), None, 2, false).unwrap();
         let expected = x
             .conv2d::<Tensor>(&conv.weight, None, 1, 0, 1, 2)
             .reshape([6]);
@@ -207,7 +208,8 @@ mod tests {
             .response(&x.reshape([4]))
             .unwrap()
             .allclose(&expected, 1e-12, 1e-12, false));
-        let transposed = Layer::new(Tensor::randn([4, 3, 1, 1], options), None, 2, true).unwrap();
+        let transposed =
+            LayerParameters::new(Tensor::randn([4, 3, 1, 1], options), None, 2, true).unwrap();
         let expected = x
             .conv_transpose2d::<Tensor>(&transposed.weight, None, 1, 0, 0, 2, 1)
             .reshape([6]);
@@ -221,12 +223,12 @@ mod tests {
             let factors = Tensor::randn([6], options);
             let expected = layer.response(&input).unwrap() * &factors;
             let weight = layer.scaled(Channels::Output, &factors).unwrap();
-            let layer = Layer { weight, ..layer };
+            let layer = LayerParameters { weight, ..layer };
             let found = layer.response(&input).unwrap();
             assert!(found.allclose(&expected, 1e-12, 1e-12, false));
             let factors = Tensor::rand([4], options) + 0.5;
             let weight = layer.scaled(Channels::Input, &factors).unwrap();
-            let layer = Layer { weight, ..layer };
+            let layer = LayerParameters { weight, ..layer };
             let found = layer.response(&(input / &factors)).unwrap();
             assert!(found.allclose(&expected, 1e-12, 1e-12, false));
         }
@@ -236,7 +238,7 @@ mod tests {
     fn large_weights_are_scaled_in_pieces() {
         let weight = Tensor::randn([100, 100, 3, 3], (Kind::Float, Device::Cpu));
         let factors = Tensor::randn([100], (Kind::Double, Device::Cpu));
-        let layer = Layer::new(weight.shallow_clone(), None, 1, false).unwrap();
+        let layer = LayerParameters::new(weight.shallow_clone(), None, 1, false).unwrap();
         let expected =
             (weight.to_kind(Kind::Double) * factors.reshape([100, 1, 1, 1])).to_kind(Kind::Float);
         assert!(layer
@@ -248,7 +250,7 @@ mod tests {
     #[test]
     fn groups_that_do_not_divide_are_refused() {
         let weight = || Tensor::zeros([6, 2], (Kind::Float, Device::Cpu));
-        assert!(Layer::new(weight(), None, 4, false).is_err());
-        assert!(Layer::new(weight().reshape([12]), None, 1, false).is_err());
+        assert!(LayerParameters::new(weight(), None, 4, false).is_err());
+        assert!(LayerParameters::new(weight().reshape([12]), None, 1, false).is_err());
     }
 }
