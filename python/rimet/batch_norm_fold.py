@@ -182,8 +182,9 @@ def fold_all_batch_norms_to_scale(sim: QuantizationSimModel) -> list[Pair]:
     The weight is multiplied by ``gamma / sqrt(var + eps)`` of its output channel and so is the
     range of its quantizer (its ends change places where the factor is negative), so that the
     integers stay as they are: quantization-aware training with batch normalization, usually
-    followed by :func:`rimet.bn_reestimation.reestimate_bn_stats`, loses nothing. The output
-    quantizer of the normalization becomes the layer's.
+    followed by :func:`rimet.bn_reestimation.reestimate_bn_stats`, loses nothing. (Weights on the
+    lowest level of a signed grid move to the highest where the factor is negative: one level less.)
+    The output quantizer of the normalization becomes the layer's.
 
     Args:
         sim: a simulation whose foldable layers have per-channel (or blockwise) weight quantizers,
@@ -194,7 +195,8 @@ def fold_all_batch_norms_to_scale(sim: QuantizationSimModel) -> list[Pair]:
 
     Raises:
         RuntimeError: a normalization that could be folded forward only; a weight quantizer that is
-            per-tensor, or not calibrated, or not affine. The simulation is left as it was.
+            per-tensor, or not calibrated, or not affine, or of a transposed convolution with
+            groups. The simulation is left as it was.
     """
     modules = dict(sim.model.named_modules())
     folds = _match(sim.model, sim._recording.graph, modules)
@@ -303,6 +305,12 @@ def _check_weight_quantizer(layer: Any, path: str) -> None:
             f"{channels[axis]} in dimension {axis}) to fold a batch norm into, got shape "
             f"{tuple(quantizer.shape)}. Use a per-channel configuration, or fold before making "
             "the simulation"
+        )
+    if axis == 1 and layer.groups > 1:
+        raise RuntimeError(
+            f"{path}: a batch norm cannot be folded into the scales of a transposed convolution "
+            f"with {layer.groups} groups: each scale serves a channel of every group. Fold before "
+            "making the simulation"
         )
 
 

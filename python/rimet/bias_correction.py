@@ -67,11 +67,19 @@ def correct_bias(
         layers_to_ignore: modules whose bias stays.
 
     Raises:
-        ValueError: no data, or a ``round_mode`` other than ``"nearest"``.
+        ValueError: no data, a ``round_mode`` other than ``"nearest"``, or ``layers_to_ignore`` that
+            are no modules of the model.
         RuntimeError: the simulation cannot be made; see :class:`rimet.QuantizationSimModel`.
 
     The model is unchanged after an error.
     """
+    ignored = set(layers_to_ignore or ())
+    foreign = ignored.difference(model.modules())
+    if foreign:
+        raise ValueError(
+            "layers_to_ignore: expected modules of the model, got "
+            f"{', '.join(sorted(type(layer).__name__ for layer in foreign))} from elsewhere"
+        )
     if quant_params.round_mode != "nearest":
         raise ValueError(
             f"quant_params.round_mode: expected 'nearest', got {quant_params.round_mode!r}"
@@ -94,7 +102,6 @@ def correct_bias(
 
     sim.compute_encodings(calibrate)
 
-    ignored = set(layers_to_ignore or ())
     calls = {entry["path"]: len(entry["calls"]) for entry in sim._recording.graph.modules()}
     layers: dict[str, Any] = {}
     for path, module in model.named_modules():

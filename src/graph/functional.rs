@@ -100,7 +100,7 @@ impl Verdict {
     }
 }
 
-fn is_float(dtype: &str) -> bool {
+pub(super) fn is_float(dtype: &str) -> bool {
     dtype.starts_with("float") || dtype.starts_with("bfloat")
 }
 

@@ -62,7 +62,12 @@ fn place_by(rules: &Rules, flow: &Flow, defaults: Defaults) -> Result<Plan, Conf
     placement.drop_constant_rescales();
     placement.check()?;
     let mut plan = placement.realize();
-    plan.unuse_reused(flow);
+    plan.leave_integers(flow);
+    // In module form, what several places use are operations for each place; what is left are steps of a module that
+    // itself runs several times, and like its layers they have one set of quantizers.
+    if !flow.is_in_module_form() {
+        plan.unuse_reused(flow);
+    }
     plan.tie_grids(flow, config);
     Ok(plan)
 }
@@ -857,7 +862,7 @@ impl Operator {
 #[cfg(test)]
 mod tests {
     use super::super::testing::*;
-    use super::super::Module;
+    use super::super::{GraphBuilder, Input, Module, Source};
     use super::*;
 
     const DEFAULT: &str =
@@ -1013,6 +1018,35 @@ mod tests {
         assert_eq!(plan.plan.reused, [plan.graph.module("relu").unwrap()]);
         // The first call is followed by a Relu alone, so its supergroup takes the output.
         assert_eq!(show(&plan, "conv"), "--w-");
+    }
+
+    #[test]
+    fn integers_of_a_module_made_on_the_fly_get_none() {
+        let mut builder = GraphBuilder::new();
+        let odd = Module {
+            dynamic: true,
+            dynamic_inputs: true,
+            ..module("odd", "my.Odd")
+        };
+        builder.module(odd).unwrap();
+        let arg = |slot, tensor| Input {
+            slot,
+            tensor: Some(tensor),
+            value: None,
+        };
+        let index = builder.tensor(Source::Input(0), vec![2], "int64".into());
+        let x = builder.tensor(Source::Input(1), vec![3, 4], "float32".into());
+        let results = ["int64", "float32"].map(|dtype| (vec![2, 4], dtype.into()));
+        let (_, values) = builder
+            .call_module("odd", vec![arg(0, index), arg(1, x)], results.to_vec())
+            .unwrap();
+        builder.output(values.start + 1, 0).unwrap();
+        let plan = plan(builder.finish(), DEFAULT);
+        let has = |slots: &[Option<QuantizerId>]| -> Vec<bool> {
+            slots.iter().map(Option::is_some).collect()
+        };
+        assert_eq!(has(plan.inputs("odd")), [false, true]);
+        assert_eq!(has(plan.outputs("odd")), [false, true]);
     }
 
     #[test]

@@ -60,8 +60,8 @@ def bind_inputs(model: torch.nn.Module, dummy_input: Any) -> tuple[tuple[Any, ..
     """Turns an example input into ``(args, kwargs)`` of ``model.forward``.
 
     A tuple or list holds the positional arguments, a dict whose keys are parameters of ``forward``
-    the keyword arguments; a dict at the end of a tuple is taken for keyword arguments by the same
-    test. Anything else is the one positional argument.
+    (some of them, if it takes ``**kwargs``) the keyword arguments; a dict at the end of a tuple is
+    taken for keyword arguments by the same test. Anything else is the one positional argument.
 
     Raises:
         RuntimeError: there is no tensor in ``dummy_input``.
@@ -120,11 +120,20 @@ def example_inputs(
 
 
 def _are_keywords(model: torch.nn.Module, mapping: Mapping[Any, Any], taken: int = 0) -> bool:
-    """Whether each key names a parameter of ``forward`` that no positional argument fills."""
+    """Whether each key names a parameter of ``forward`` that no positional argument fills.
+
+    Where ``forward`` takes any keywords (``**kwargs``), one such name is enough; where it names no
+    parameter at all (``*args, **kwargs``), a dict that is the whole input is its keywords.
+    """
     try:
-        signature = inspect.signature(model.forward)
+        parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return False
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    free = {p.name for p in list(signature.parameters.values())[taken:] if p.kind in by_keyword}
+    free = {p.name for p in list(parameters)[taken:] if p.kind in by_keyword}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if not all(isinstance(key, str) for key in mapping):
+            return False
+        names_none = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+        return any(key in free for key in mapping) or (names_none and not taken)
     return bool(mapping) and all(key in free for key in mapping)

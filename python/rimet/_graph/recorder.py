@@ -28,6 +28,9 @@ from rimet import _core
 from rimet._graph.inputs import tensors_in
 from rimet.common.torch_functions import function_name
 
+#: Where the hooks of the model itself run: in the forward of no module.
+_OUTSIDE = "(outside of the model)"
+
 # Functions that hand the values of a tensor to Python: each is a consumer of it, a node ``item``.
 _READS_VALUES = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
@@ -126,7 +129,7 @@ class _Recorder:
         # id of a live tensor object -> (the object, the number of its present value)
         self.values: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self.sharing: dict[int, list[weakref.ref[torch.Tensor]]] = {}
-        self.scopes: list[str] = [""]
+        self.scopes: list[str] = [_OUTSIDE]
         self.inside_leaf: list[tuple[str, list[tuple[torch.Tensor, int]]]] = []
         self.unwatched: list[str] = []
         # True while the recorder itself calls torch functions.
@@ -389,8 +392,9 @@ def record(
         def after(_: torch.nn.Module, args: Any, kwargs: dict[str, Any], outcome: Any) -> None:
             recorder.leave_leaf(path, args, kwargs, outcome)
 
+        # The hooks of its owner are no part of it: what they compute belongs to the module around.
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=True))
 
     compiled: dict[int, str] = {}
 
@@ -417,7 +421,7 @@ def record(
 
         handles.append(module.register_forward_pre_hook(before))
         # Models may catch what a part of them raises.
-        handles.append(module.register_forward_hook(after, always_call=True))
+        handles.append(module.register_forward_hook(after, always_call=True, prepend=True))
 
     try:
         for path, module in model.named_modules():

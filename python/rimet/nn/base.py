@@ -41,7 +41,7 @@ class UnknownModuleError(RuntimeError):
     :param mixin_cls: mixin that was asked for the twin
     """
 
-    api_reference_url: ClassVar[str] = "docs/adding.md"
+    api_reference_url: ClassVar[str] = "docs/getting-started.md"
 
     def __init__(self, module_cls: type[nn.Module], mixin_cls: type[BaseQuantizationMixin]) -> None:
         self.module_cls = module_cls

@@ -192,9 +192,9 @@ class FunctionalMode(TorchFunctionMode):
                     if name is not None:
                         ops = frame.scope._modules[frame.scope._functional_name]
                         return ops._modules[name](func, args, kwargs)
-                elif not torch.compiler.is_compiling():
+                elif not torch.compiler.is_dynamo_compiling():
                     _warn_unrecorded(frame.scope, function, turn)
-            elif not torch.compiler.is_compiling():
+            elif not torch.compiler.is_dynamo_compiling():
                 _warn_unrecorded(frame.scope, function, 0)
         return func(*args, **kwargs)
 

@@ -130,10 +130,10 @@ class QuantizationMixin(BaseQuantizationMixin, metaclass=QuantizationMixinMeta):
         otherwise.
 
         :param kernel: takes the arguments of the torch function that the module calls, with
-            quantized tensors (that know
-            their ``encoding``) in the place of inputs and parameters, and ``output_encodings``: the
-            encoding of the output quantizer, or
-            ``None``. Returns a tensor, quantized or not. ``None`` takes the kernel away.
+            quantized tensors (that know their ``encoding``) in the place of parameters and of those
+            inputs that have a quantizer here (what another module has quantized is a plain tensor),
+            and ``output_encodings``: the encoding of the output quantizer, or ``None``. Returns a
+            tensor, quantized or not. ``None`` takes the kernel away.
         :raises TypeError: ``kernel`` is not callable
 
         Kernels are not used while the module calibrates.
@@ -355,14 +355,16 @@ def run_with_parameters(
     """
     if torch.compiler.is_compiling():
         # Dynamo does not follow the making of that object, but does follow this.
-        originals = {name: module._parameters[name] for name in tensors}
+        own, others = module._parameters, module.__dict__  # recurrent layers read `_flat_weights`
+        places = {name: own if name in own else others for name in tensors}
+        originals = {name: place[name] for name, place in places.items()}
         for name, tensor in tensors.items():
-            module._parameters[name] = tensor
+            places[name][name] = tensor
         try:
             return base_forward(module, *args, **kwargs)
         finally:
-            for name, tensor in originals.items():
-                module._parameters[name] = tensor
+            for name, original in originals.items():
+                places[name][name] = original
     view = object.__new__(type(module))
     attributes = view.__dict__
     attributes.update(module.__dict__)

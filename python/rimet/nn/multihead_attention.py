@@ -33,6 +33,9 @@ _STEPS = (
 _MASK_STEPS = ("mask_add", "key_padding_mask_add")
 """Steps that put on masks. A range that holds minus infinity has no steps left for the scores."""
 
+_OPTIONAL_STEPS = (*_MASK_STEPS, "mean", "cat_bias_k", "cat_bias_v")
+"""Steps that run for some arguments only: that no data comes there says nothing of the data."""
+
 
 def _quant_init(self: Any) -> None:
     """No slots of its own: the steps of the computation become quantized modules."""
@@ -237,5 +240,6 @@ QuantizedMultiheadAttention = twin(
         "forward": _forward,
         "get_original_module": _get_original_module,
         "_mask_steps": _MASK_STEPS,
+        "_optional_steps": _OPTIONAL_STEPS,
     },
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,9 +34,19 @@ def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)([change(item) for item in value])
     if isinstance(value, Mapping):
         items = {key: change(item) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)  # type: ignore[arg-type]
-    fields = {f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return dataclasses.replace(value, **fields)
+        if type(value) is dict:
+            return items
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, items)
+        return type(value)(**items) if all(map(_is_name, items)) else type(value)(items)  # type: ignore[arg-type, call-arg]
+    rebuilt = copy.copy(value)  # not made anew: what the constructor computes may not be quantized
+    for field in dataclasses.fields(value):
+        object.__setattr__(rebuilt, field.name, change(getattr(value, field.name)))
+    return rebuilt
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and key.isidentifier()
 
 
 def map_arguments(

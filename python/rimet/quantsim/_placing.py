@@ -58,8 +58,8 @@ class Twins(NamedTuple):
     of: dict[str, nn.Module]
     ignored: dict[str, nn.Module]
     """Modules that shall stay as they are."""
-    unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]]
-    """Classes of modules without parts that have no twin: where the first of them stands."""
+    unknown: dict[type[nn.Module], tuple[list[str], UnknownModuleError]]
+    """Classes of modules without parts that have no twin: where they stand."""
     wholes: dict[str, nn.Module]
     """Quantized modules whose steps are modules with quantizers of their own (multi-head attention): ``of`` has the
     steps. They stand in the model while it is recorded, so that the graph has the steps, too."""
@@ -90,7 +90,7 @@ def make_twins(
             if not is_leaf or isinstance(module, nn.Identity):
                 continue
             if not quantize_unknown:
-                twins.unknown.setdefault(type(module), (path, error))
+                twins.unknown.setdefault(type(module), ([], error))[0].append(path)
                 continue
             twin = generic_twin(module)
         if twin is not module:
@@ -144,7 +144,7 @@ class _UnknownModules(UnknownModuleError):
 
     def __init__(
         self,
-        unknown: dict[type[nn.Module], tuple[str, UnknownModuleError]],
+        unknown: dict[type[nn.Module], tuple[list[str], UnknownModuleError]],
         others: Sequence[str],
     ) -> None:
         self.unknown, self.others = unknown, others
@@ -155,10 +155,11 @@ class _UnknownModules(UnknownModuleError):
         return type(self), (self.unknown, self.others)
 
     def generate_err_msg(self) -> str:
-        """Other problems; every class with the path of its first instance; the ways on for each."""
+        """Other problems; every class with the paths of its instances; the ways on for each."""
         places = "\n".join(
-            f"  - {cls.__module__}.{cls.__qualname__} at {path or 'the model itself'}"
-            for cls, (path, _) in self.unknown.items()
+            f"  - {cls.__module__}.{cls.__qualname__} at "
+            f"{', '.join(path or 'the model itself' for path in paths)}"
+            for cls, (paths, _) in self.unknown.items()
         )
         advice = "\n\n".join(str(error) for _, error in self.unknown.values())
         unknown = f"These module classes have no quantized twin:\n{places}\n\n{advice}"
@@ -293,8 +294,8 @@ def make_functional(
     for entry in plan.functions():
         if all(number is None for number in (*entry["inputs"], *entry["outputs"])):
             continue
-        if entry["scope"] in twins.ignored:
-            continue
+        if entry["scope"] in twins.ignored or entry["scope"] not in recording.scopes:
+            continue  # the hooks of the model itself are in no scope
         op = FunctionalOp(entry["function"], entry["in_place"])
         maker.fill(op, entry, maker.device)
         if all(number is None for number in entry["inputs"]):

@@ -125,6 +125,17 @@ def _check_precision(output_bw: Any, param_bw: Any, data_type: Any) -> bool:
     return is_float
 
 
+def _read_config(config_file: str | None) -> tuple[str, _core.QuantSimConfig]:
+    """The path of a configuration and its content; what is wrong with it names the file."""
+    path = resolve_config(config_file)
+    try:
+        return path, _core.QuantSimConfig(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: quantsim configuration is not UTF-8 text: {error}") from None
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
 def _quantized_parts(model: nn.Module) -> list[str]:
     """A list with what is wrong with a model that holds quantizers already."""
     quantized = [
@@ -227,8 +238,7 @@ class QuantizationSimModel:
         scheme = _checked_scheme(quant_scheme)
         is_float = _check_precision(default_output_bw, default_param_bw, default_data_type)
         _placing.analyzer_for(scheme, ())
-        path = resolve_config(config_file)
-        config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
+        path, config = _read_config(config_file)
         problems = _quantized_parts(model)
         args, kwargs = bind_inputs(model, dummy_input)
 
@@ -350,8 +360,7 @@ class QuantizationSimModel:
                 is unchanged then.
         """
         is_float = _check_precision(default_output_bw, default_param_bw, default_data_type)
-        path = resolve_config(config_file)
-        config = _core.QuantSimConfig(Path(path).read_text(encoding="utf-8"))
+        path, config = _read_config(config_file)
         plan = self._recording.graph.place(
             config, default_output_bw, default_param_bw, is_float, self._quantize_functional_ops
         )
@@ -598,10 +607,17 @@ class QuantizationSimModel:
                 "compute_encodings: the callback did not run the model, so no quantizer of an "
                 "activation saw data"
             )
+        expected = {
+            f"{path}.{name}" if path else name
+            for path, module in self.named_qmodules()
+            for name in getattr(module, "_optional_steps", ())
+        }
+        expected.update(self.report.bypassed)
         self.report.unreached = [
             path
             for path, module in self.named_qmodules()
             if any([q._end_calibration() for q in module._activation_quantizers()])
+            and path not in expected
         ]
         if self.report.unreached:
             logger.warning("%s", self.report.unreached_warning())

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::{CandidateId, Constraints};
 use crate::graph::config::{Config, Format, Kernel};
+use crate::graph::functional::is_float;
 use crate::graph::pattern::{Flow, Origin};
 use crate::graph::symbol::Symbol;
-use crate::graph::{ModuleId, NodeId};
+use crate::graph::{ModuleId, NodeId, TensorId};
 
 /// What shares an encoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -112,6 +113,56 @@ impl Plan {
         self.constraints(id).is_some()
     }
 
+    /// Per module of `flow`: the position of its plan, if it gets quantizers.
+    fn plan_of(&self, flow: &Flow) -> Vec<Option<usize>> {
+        let mut plan_of = vec![None; flow.modules.len()];
+        for (position, module) in self.modules.iter().enumerate() {
+            plan_of[module.module] = Some(position);
+        }
+        plan_of
+    }
+
+    /// Empties the slots of modules made on the fly where no floating-point tensor ever came: a quantizer there would
+    /// wait for data for good.
+    pub(super) fn leave_integers(&mut self, flow: &Flow) {
+        let made_on_the_fly = |module: ModuleId| {
+            let module = &flow.modules[module];
+            module.dynamic && module.num_calls > 0
+        };
+        if !(0..flow.modules.len()).any(made_on_the_fly) {
+            return;
+        }
+        let plan_of = self.plan_of(flow);
+        let graph = flow.graph;
+        let is_float = |tensor: TensorId| is_float(&graph.tensors[tensor].dtype);
+        let mut meets_floats = vec![false; self.slots.len()];
+        for node in 0..graph.nodes.len() {
+            let module = flow.module(node).filter(|&module| made_on_the_fly(module));
+            let Some(position) = module.and_then(|module| plan_of[module]) else {
+                continue;
+            };
+            let ModulePlan {
+                inputs, outputs, ..
+            } = &self.modules[position];
+            let given = graph.inputs(node).iter();
+            for input in given.filter(|input| input.tensor.is_some_and(is_float)) {
+                if let Some(slot) = inputs.clone().nth(input.slot) {
+                    meets_floats[slot] = true;
+                }
+            }
+            for (slot, tensor) in outputs.clone().zip(graph.nodes[node].outputs.clone()) {
+                meets_floats[slot] |= is_float(tensor);
+            }
+        }
+        for module in self.modules.iter().filter(|m| made_on_the_fly(m.module)) {
+            for slot in module.inputs.clone().chain(module.outputs.clone()) {
+                if !meets_floats[slot] {
+                    self.slots[slot] = None;
+                }
+            }
+        }
+    }
+
     /// Modules without parameters that run more than once lose their quantizers, unless the range is fixed.
     pub(super) fn unuse_reused(&mut self, flow: &Flow) {
         for index in 0..self.modules.len() {
@@ -121,12 +172,7 @@ impl Plan {
                 ref outputs,
                 ..
             } = self.modules[index];
-            // A functional operation has quantizers for each place in a forward; only the calls of one place
-            // in several forwards share them.
-            if flow.modules[module].num_calls < 2
-                || !flow.params(module).is_empty()
-                || flow.is_functional(module)
-            {
+            if flow.modules[module].num_calls < 2 || !flow.params(module).is_empty() {
                 continue;
             }
             let mut reused = false;
@@ -145,10 +191,7 @@ impl Plan {
     /// Lets the producers of certain operators' inputs use the operator's output quantizer: all inputs of a Concat
     /// must be on one grid, and what a Relu cuts off needs no room in the grid before it.
     pub(super) fn tie_grids(&mut self, flow: &Flow, config: &Config) {
-        let mut plan_of = vec![None; flow.modules.len()];
-        for (index, module) in self.modules.iter().enumerate() {
-            plan_of[module.module] = Some(index);
-        }
+        let plan_of = self.plan_of(flow);
         let planned = |node: NodeId| -> Option<usize> { plan_of[flow.module(node)?] };
         let relu = Symbol::new("nn.ReLU");
         let wants_tie = |class: Symbol| {

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from rimet.nn import QuantizationMixin, custom, fake_quant
 from rimet.quantization.affine import QuantizeDequantize
+from rimet.quantsim import QuantizationSimModel
 from torch import Tensor, nn
 
 # -- multi-head attention --------------------------------------------------------------------------
@@ -188,6 +189,19 @@ def test_setting_a_parameter_of_a_recurrent_twin_leaves_the_original_alone() -> 
 
 
 # -- elementwise modules ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_are_exported(kind: str) -> None:
+    x = torch.randn(4, 2, 5)
+    sim = QuantizationSimModel(nn.Sequential(getattr(nn, kind)(5, 3)), x)
+    sim.compute_encodings(lambda m: m(x))
+    before = list(sim.model[0]._flat_weights)
+    program = torch.export.export(sim.model, (x,))
+    assert torch.equal(program.module()(x)[0], sim.model(x)[0])
+    assert str(program.graph).count("rimet.quantize_dequantize_range") >= 4
+    after = sim.model[0]._flat_weights
+    assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 def test_depth_to_space() -> None:

@@ -9,6 +9,8 @@ import io
 import json
 import pickle
 import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,25 @@ def test_another_path_passes_unquantized_with_one_warning(
 # Containers and collisions
 
 
+class ScaledWhenExported(nn.Module):
+    """As models of transformers, which leave a mask of ones out unless they are traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x)
+        return F.relu(x * x.abs() if torch.compiler.is_exporting() else x)
+
+
+def test_another_path_taken_in_export_warns(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 4)
+    sim, _ = simulate(nn.Sequential(ScaledWhenExported()), x)
+    torch.export.export(sim.model, (x,))
+    assert "0 called mul (call 0) where the recorded run did not" in caplog.text
+
+
 class ListNet(nn.Sequential):
     """A container whose forward goes over its items and calls a function itself."""
 
@@ -461,6 +482,34 @@ def test_a_scripted_function_is_named_and_its_result_quantized_by_the_next() -> 
 # Unknown module classes
 
 
+class Hooked(nn.Module):
+    """Hooks compute in the forward of the module around theirs; those of the model, in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))
+        self.first.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        self.first.register_forward_hook(lambda module, args, output: F.relu(output))
+        self.inner.register_forward_hook(lambda module, args, output: F.relu(output) + 1)
+        self.register_forward_hook(lambda module, args, output: F.relu(output) - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.inner(F.relu(self.first(x) - 0.1)))
+
+
+def test_what_hooks_compute_is_quantized_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(5, 4)
+    model = Hooked().eval()
+    sim, output = simulate(model, x, default_output_bw=16, default_param_bw=16)
+    names = ("mul_0", "relu_0", "sub_0", "relu_1", "relu_2", "add_0", "sigmoid_0")
+    assert set(sim.report.functional_ops) == {f"functional.{name}" for name in names}
+    assert not sim.report.unreached and not caplog.records
+    torch.testing.assert_close(output, model(x), atol=1e-3, rtol=0)
+    plain = nn.Linear(4, 4)
+    plain.register_forward_hook(lambda module, args, output: F.relu(output))
+    assert not simulate(plain, x)[0].report.functional_ops
+
+
 class Scale(nn.Module):
     """A leaf of a class that rimet does not know, with a parameter and nested results."""
 
@@ -505,3 +554,49 @@ def test_unknown_modules_are_quantized_by_the_general_rules() -> None:
         assert torch.equal(other(x), output)
     original = QuantizationSimModel.get_original_model(sim.model)
     assert type(original.scale) is Scale and type(original.drop) is Drop
+
+
+@dataclass
+class Normed:
+    values: torch.Tensor
+    largest: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.largest = float(self.values.detach().max())
+
+
+class Nested(nn.Module):
+    """Of a class that rimet does not know, with integers and containers among its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, index: torch.Tensor, x: torch.Tensor) -> Any:
+        y = x[index] * self.weight
+        return y.argmax(-1), {0: y}, Normed(y), defaultdict(list, {"y": y + 1})
+
+
+class UsesNested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.nested = nn.Linear(4, 4), Nested()
+
+    def forward(self, index: torch.Tensor, x: torch.Tensor) -> Any:
+        return self.nested(index, self.first(x))
+
+
+def test_integers_of_unknown_modules_have_no_quantizers_and_containers_stay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inputs = (torch.tensor([2, 0]), torch.randn(3, 4))
+    sim = QuantizationSimModel(UsesNested().eval(), inputs)
+    sim.compute_encodings(lambda m: m(*inputs))
+    nested: Any = sim.model.nested
+    assert [q is not None for q in nested.input_quantizers] == [False, False]
+    assert [q is not None for q in nested.output_quantizers] == [False, True, True]
+    assert not sim.report.unreached and not caplog.records
+    index, by_number, normed, by_name = sim.model(*inputs)
+    assert index.dtype == torch.int64 and by_number[0] is normed.values
+    assert type(normed) is Normed and isinstance(normed.largest, float)
+    assert by_name["other"] == []

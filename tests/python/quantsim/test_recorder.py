@@ -295,6 +295,23 @@ def test_inputs_bind_like_a_call() -> None:
     with pytest.raises(RuntimeError, match="without any tensor"):
         bind_inputs(Model(), (1, "a"))
 
+    class TakesMore(Model):
+        """As models of transformers: some of the keywords are named."""
+
+        def forward(self, x: Any, y: Any = None, **kwargs: Any) -> None: ...
+
+    class TakesAll(Model):
+        """As a wrapper that hands everything on."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> None: ...
+
+    assert bind_inputs(TakesMore(), {"x": t, "flag": True}) == ((), {"x": t, "flag": True})
+    assert bind_inputs(TakesMore(), (t, {"y": t, "flag": 1})) == ((t,), {"y": t, "flag": 1})
+    assert bind_inputs(TakesMore(), {"a": t}) == (({"a": t},), {})
+    assert bind_inputs(TakesAll(), {"a": t}) == ((), {"a": t})
+    assert bind_inputs(TakesAll(), (t, {"a": t})) == ((t, {"a": t}), {})
+    assert bind_inputs(TakesAll(), {0: t}) == (({0: t},), {})
+
 
 def test_cost_is_linear_in_the_number_of_nodes() -> None:
     def model(blocks: int) -> nn.Module:

@@ -21,6 +21,7 @@ import rimet
 import torch
 from rimet.common.defs import QuantizationDataType, QuantScheme
 from rimet.common.quant_utils import get_conv_accum_bounds
+from rimet.common.quantsim_config.utils import get_path_for_per_tensor_config
 from rimet.nn import QuantizationMixin, UnknownModuleError
 from rimet.nn.modules import custom
 from rimet.quantization import encoding_analyzer
@@ -904,3 +905,29 @@ def test_configure_quantization_ops(name: str, functional: bool) -> None:
     with pytest.raises(ValueError, match="default_output_bw"):
         sim.configure_quantization_ops(None, 2, 4, QuantizationDataType.int)
     assert torch.equal(sim.model(*inputs), expected)
+
+
+def test_what_is_wrong_with_a_configuration_names_its_file(tmp_path: Path) -> None:
+    model, x = nn.Linear(2, 2), torch.randn(1, 2)
+    file = tmp_path / "target.json"
+    for content, kind, message in (
+        (b"{", ValueError, "not valid JSON"),
+        (b"{}", ValueError, r"\$\.defaults: expected this required key"),
+        (b"\xff", ValueError, "not UTF-8"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(kind, match=f"target.json: quantsim configuration.*{message}"):
+            QuantizationSimModel(model, x, config_file=str(file))
+    content = Path(get_path_for_per_tensor_config()).read_bytes()
+    file.write_bytes(b"\xef\xbb\xbf" + content)  # as Windows editors save it
+    QuantizationSimModel(model, x, config_file=str(file))
+
+
+def test_every_place_of_an_unknown_class_is_named() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    model = nn.Sequential(Odd(), nn.Sequential(Odd(), nn.ReLU()))
+    with pytest.raises(UnknownModuleError, match=r"Odd at 0, 1\.0\n"):
+        QuantizationSimModel(model, torch.randn(2), quantize_unknown_modules=False)

@@ -454,3 +454,25 @@ def test_fold_to_scale_refuses_what_it_cannot_keep() -> None:
     sim = simulate(model, x, get_path_for_per_channel_config())
     with pytest.raises(RuntimeError, match="forward into a quantized layer"):
         fold_all_batch_norms_to_scale(sim)
+
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3, groups=2))
+    model = randomize(nn.Sequential(*layers, nn.BatchNorm2d(4)))
+    sim = simulate(model, x, get_path_for_per_channel_config())
+    expected = sim.model(x)
+    with pytest.raises(RuntimeError, match="^2: .*transposed convolution with 2 groups"):
+        fold_all_batch_norms_to_scale(sim)
+    assert torch.equal(sim.model(x), expected)
+
+
+@pytest.mark.parametrize("of", ["layer", "norm"])
+def test_a_hook_that_computes_between_layer_and_norm_is_seen(of: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    if of == "layer":
+        model[0].register_forward_hook(lambda module, args, output: output.tanh())
+    else:
+        model[1].register_forward_pre_hook(lambda module, args: (args[0].tanh(),))
+    randomize(model)
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    assert fold_all_batch_norms(model, None, x) == []
+    torch.testing.assert_close(model(x), expected)

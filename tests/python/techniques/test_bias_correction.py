@@ -253,6 +253,9 @@ def test_errors_leave_the_model() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="expected at least one sample"):
         correct_bias(model, params(), 4, [], 4)
+    foreign: Any = [nn.ReLU(), "up"]
+    with pytest.raises(ValueError, match="layers_to_ignore: expected modules.*ReLU, str from"):
+        correct_bias(model, params(), 4, batches(4), 4, layers_to_ignore=foreign)
     with pytest.raises(ValueError, match="round_mode: expected 'nearest', got 'stochastic'"):
         correct_bias(model, QuantParams(round_mode="stochastic"), 4, batches(4), 4)
     with pytest.raises(RuntimeError):
