@@ -106,13 +106,13 @@ impl Filter1d {
         }
     }
 
-    /// F(2, 3). In two dimensions its float32 results are off by 2e-7 of them (root mean squares), its weight
+    /// F(2, 3). In two dimensions its float32 results are off by 3e-7 of them (root mean squares), its weight
     /// gradients by 4e-7; torch's convolution by 2e-7 and 5e-7.
     fn f_2_3() -> Self {
         Self::toom_cook(&[0.0, 1.0, -1.0])
     }
 
-    /// F(4, 3). At these points float32 is off by 8e-7 and 1e-6; at 0, 1, -1, 2 and -2, which are usual, by twice as
+    /// F(4, 3). At these points float32 is off by 1e-6 in both; at 0, 1, -1, 2 and -2, which are usual, by twice as
     /// much. An output's error is in proportion to the largest inputs of the tile, also those that it does not depend
     /// on.
     fn f_4_3() -> Self {
@@ -635,11 +635,9 @@ mod tests {
         let weight = Tensor::randn([64, 64, 3, 3], options);
         let normal = Tensor::randn([16, 64, 8, 8], options);
         let (offset, skewed) = (&normal + 100.0, (&normal * 2.0).exp());
-        for (input, limits) in [
-            (normal, [[3e-7, 6e-7], [1.2e-6, 1.5e-6]]),
-            (offset, [[3e-7, 6e-7], [1.2e-6, 1.5e-6]]),
-            (skewed, [[3e-7, 6e-7], [1.2e-6, 1.5e-6]]),
-        ] {
+        // F(2, 3), F(4, 3). At the usual points the latter's are twice as large.
+        let limits = [[4e-7, 6e-7], [1.4e-6, 1.4e-6]];
+        for input in [normal, offset, skewed] {
             let output = map.forward(&input, &weight, None).unwrap();
             let grad = output.randn_like();
             let weight_gradient = map.weight_gradient(&grad, &input, &weight).unwrap();
@@ -672,7 +670,6 @@ mod tests {
                     .unwrap();
                 let expected = weight_gradient.permute(products.weight_order());
                 let errors = [of_output, relative_error(&found, &expected)];
-                println!("{:?} {errors:?} torch {torchs:?}", products.outputs());
                 assert!(
                     errors
                         .iter()
