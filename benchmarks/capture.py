@@ -8,7 +8,7 @@ from pathlib import Path
 import rimet._core as core
 import torch
 import torch.nn.functional as F
-from rimet._graph import record
+from rimet._graph import Twin, record
 from rimet._graph.program_recorder import record_program
 from rimet._graph.streaming import StreamingWalk
 from rimet.common.quantsim_config.utils import resolve_config
@@ -59,11 +59,26 @@ def recording(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return lambda: record(model, (x,))
 
 
-def placing(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    graph = record(model, (x,)).graph
+def placing(model: nn.Module, x: torch.Tensor, functional: bool = False) -> Callable[[], object]:
+    """Placement as in a simulation: every module without parts has a twin, and all of the plan is read."""
+    twin = Twin(num_inputs=1, num_outputs=1, dynamic_inputs=False)
+    leaves = {path for path, module in model.named_modules() if not any(module.children())}
+    graph = record(model, (x,), twin_of=lambda path, _: twin if path in leaves else None).graph
     text = Path(resolve_config(None)).read_text(encoding="utf-8")
     config = core.QuantSimConfig(text)
-    return lambda: graph.place(config, 8, 8, False)
+
+    def place() -> None:
+        plan = graph.place(config, 8, 8, False, functional)
+        for _ in plan.modules():
+            pass
+        for _ in plan.functions():
+            pass
+
+    return place
+
+
+def placing_functional(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    return placing(model, x, functional=True)
 
 
 def programming(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -88,6 +103,7 @@ def walking(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 WORKS = {
     "record the graph": recording,
     "place quantizers": placing,
+    "place quantizers, functions too": placing_functional,
     "record a program": programming,
     "replay a program": replaying,
     "streaming walk over all layers": walking,

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::pattern::{Flow, Origin};
+use super::symbol::Symbol;
 use super::{Graph, ModuleId, NodeId};
 
 const BATCH_NORMS: &[&str] = &[
@@ -56,10 +57,10 @@ pub fn find(graph: &Graph, fixed: &HashSet<ModuleId>, backward_only: &HashSet<Mo
         LAYERS.iter().find(|l| l.0 == class).map(|l| l.1)
     };
     let has_rank = |node: NodeId, rank: usize| {
-        graph.nodes[node]
-            .outputs
-            .first()
-            .is_some_and(|&t| graph.tensors[t].shape.len() == rank)
+        let mut outputs = graph.nodes[node].outputs.clone();
+        outputs
+            .next()
+            .is_some_and(|t| graph.tensors[t].shape.len() == rank)
     };
 
     let mut folds = Folds::default();
@@ -124,13 +125,14 @@ pub fn neighbours(graph: &Graph) -> Vec<Neighbours> {
     let norm = |node: NodeId| {
         module(node).filter(|_| class(node).is_some_and(|c| BATCH_NORMS.contains(&c)))
     };
-    let follower = |node: NodeId| match (class(node), graph.nodes[node].function.as_deref()) {
-        (Some("nn.ReLU"), _) | (_, Some("relu")) => Follower::Relu,
-        (Some("nn.ReLU6"), _) => Follower::Relu6,
-        _ => Follower::Other,
-    };
-    let origin = |node: NodeId| match flow.origins[node].first() {
-        Some(&Origin::Node(producer, 0)) => Some(producer),
+    let follower =
+        |node: NodeId| match (class(node), graph.nodes[node].function.map(Symbol::as_str)) {
+            (Some("nn.ReLU"), _) | (_, Some("relu")) => Follower::Relu,
+            (Some("nn.ReLU6"), _) => Follower::Relu6,
+            _ => Follower::Other,
+        };
+    let origin = |node: NodeId| match flow.arguments(node).first()?.origin {
+        Origin::Node(producer, 0) => Some(producer as NodeId),
         _ => None,
     };
     let mut found = Vec::new();

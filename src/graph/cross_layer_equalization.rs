@@ -55,7 +55,7 @@ pub fn layer_groups(
     };
     let is_activation = |node: NodeId| match graph.nodes[node].module {
         Some(m) => ACTIVATIONS.contains(&graph.modules[m].class.as_str()),
-        None => graph.nodes[node].function.as_deref() == Some("relu"),
+        None => graph.nodes[node].function.is_some_and(|f| f == "relu"),
     };
     let mut taken = HashSet::new();
     let mut groups = Vec::new();
@@ -135,10 +135,9 @@ pub fn norm_linears(graph: &Graph, fixed: &HashSet<ModuleId>) -> Vec<(ModuleId, 
             .params
             .iter()
             .find(|p| p.name == "weight");
-        let [output] = entry.outputs[..] else {
+        let [tensor] = &graph.tensors[entry.outputs.clone()] else {
             continue;
         };
-        let tensor = &graph.tensors[output];
         if weight.is_none_or(|w| w.shape.len() != 1) || tensor.output.is_some() {
             continue;
         }
@@ -146,7 +145,7 @@ pub fn norm_linears(graph: &Graph, fixed: &HashSet<ModuleId>) -> Vec<(ModuleId, 
             .consumers
             .iter()
             .map(|&consumer| {
-                let inputs = &graph.nodes[consumer].inputs;
+                let inputs = graph.inputs(consumer);
                 free(consumer, &["nn.Linear"]).filter(|_| inputs.len() == 1)
             })
             .collect();

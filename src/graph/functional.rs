@@ -8,20 +8,22 @@
 //! before. Where that module runs several times, the calls of one place in its forward share their quantizers.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
-use super::{op_types, Graph, Input, Module, ModuleId, Node, NodeId, Source};
+use super::symbol::Symbol;
+use super::{op_types, Graph, Input, NodeId, ScopeId, Source};
 
-/// A place in the forward of a module: its path, the function, how often that had run before in this forward.
-pub type Place = (String, String, usize);
+/// A place in the forward of a module: the module, the function, how often that had run before in this forward.
+pub type Place = (ScopeId, Symbol, usize);
 
 /// A functional operation that can carry quantizers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FunctionalOp {
     pub place: Place,
-    /// Its module in the module form.
-    pub module: ModuleId,
-    /// Which inputs are tensors that an input quantizer may stand before.
-    pub inputs: Vec<bool>,
+    /// The class of modules that it counts as one of.
+    pub class: Symbol,
+    /// Its entries in [`ModuleForm::takes_quantizer`].
+    pub inputs: Range<usize>,
     /// Shape of the weight, if that is a parameter (`F.linear(x, self.weight)`); it is input 1.
     pub weight: Option<Vec<i64>>,
     /// The function wrote into its first argument.
@@ -56,15 +58,26 @@ impl Reason {
     }
 }
 
-/// A graph whose functional operations are modules, where they can carry quantizers.
+/// The functional operations of a graph that are modules in its module form, as they can carry quantizers.
 #[derive(Debug, Clone)]
 pub struct ModuleForm {
-    pub graph: Graph,
+    /// Their modules follow those of the graph.
     pub ops: Vec<FunctionalOp>,
+    /// Per operation and input: whether it is a tensor that a quantizer may stand before.
+    pub takes_quantizer: Vec<bool>,
+    /// Per node: its number in `ops`.
+    op_of: Vec<Option<u32>>,
     /// Places left in floating point.
     pub left: Vec<(Place, Reason)>,
-    /// Per module path and function: the number of calls in one forward of that module.
-    pub calls: Vec<(String, String, usize)>,
+    /// Per module and function: the number of calls in one forward of that module.
+    pub calls: Vec<(ScopeId, Symbol, usize)>,
+}
+
+impl ModuleForm {
+    /// The functional operation that a node is a call of, as its number in [`Self::ops`].
+    pub fn op_of(&self, node: NodeId) -> Option<usize> {
+        self.op_of[node].map(|op| op as usize)
+    }
 }
 
 /// What can be said of one functional node.
@@ -76,15 +89,27 @@ enum Verdict {
     Other,
 }
 
+impl Verdict {
+    /// Of a place where nodes with either verdict ran.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Verdict::Leave(reason), _) | (_, Verdict::Leave(reason)) => Verdict::Leave(reason),
+            (Verdict::Other, _) | (_, Verdict::Other) => Verdict::Other,
+            (Verdict::Quantize, Verdict::Quantize) => Verdict::Quantize,
+        }
+    }
+}
+
 pub(super) fn is_float(dtype: &str) -> bool {
     dtype.starts_with("float") || dtype.starts_with("bfloat")
 }
 
 /// Whether a node makes a mask: it multiplies by, or adds, a number that nothing else is made of.
-fn makes_mask(node: &Node) -> bool {
-    matches!(node.function.as_deref(), Some("add" | "sub" | "mul"))
-        && node
-            .inputs
+fn makes_mask(graph: &Graph, id: NodeId) -> bool {
+    let function = graph.nodes[id].function.map(Symbol::as_str);
+    matches!(function, Some("add" | "sub" | "mul"))
+        && graph
+            .inputs(id)
             .iter()
             .any(|input| input.value.is_some_and(|value| value.abs() >= 1e4))
 }
@@ -113,19 +138,15 @@ impl<'g> DataFlow<'g> {
         flow
     }
 
-    fn has_data_input(&self, node: NodeId) -> bool {
-        let node = &self.graph.nodes[node];
-        if makes_mask(node) {
+    fn has_data_input(&self, id: NodeId) -> bool {
+        if makes_mask(self.graph, id) {
             return false;
         }
-        let has_params = node
+        let has_params = self.graph.nodes[id]
             .module
             .is_some_and(|m| !self.graph.modules[m].params.is_empty());
-        has_params
-            || node
-                .inputs
-                .iter()
-                .any(|input| input.tensor.is_some_and(|t| self.holds_data[t]))
+        let mut inputs = self.graph.inputs(id).iter();
+        has_params || inputs.any(|input| self.is_data(input))
     }
 
     fn is_data(&self, input: &Input) -> bool {
@@ -140,27 +161,27 @@ impl<'g> DataFlow<'g> {
 
     fn verdict(&self, id: NodeId) -> Verdict {
         let node = &self.graph.nodes[id];
-        let Some(function) = node.function.as_deref() else {
+        let Some(function) = node.function else {
             return Verdict::Other;
         };
-        let outputs = || node.outputs.iter().map(|&t| &self.graph.tensors[t]);
-        if self.graph.is_passthrough(id)
-            || op_types::function_keeps_values(function)
-            || (op_types::function_moves_data(function)
-                && op_types::module_of_function(function).is_none())
+        let traits = function.traits();
+        let inputs = self.graph.inputs(id);
+        let outputs = || self.graph.tensors[node.outputs.clone()].iter();
+        if traits.function_is_passthrough
+            || traits.function_keeps_values
+            || (traits.function_moves_data && op_types::module_of_function(&function).is_none())
             || !outputs().any(|t| is_float(&t.dtype))
         {
             return Verdict::Other;
         }
-        if !node.inputs.iter().any(|input| input.tensor.is_some()) {
+        if !inputs.iter().any(|input| input.tensor.is_some()) {
             return Verdict::Other; // makes a tensor of numbers
         }
-        if !node.inputs.iter().any(|input| self.is_data(input)) || makes_mask(node) {
+        if !inputs.iter().any(|input| self.is_data(input)) || makes_mask(self.graph, id) {
             return Verdict::Leave(Reason::Constant);
         }
-        let masks = matches!(function, "add" | "sub")
-            && node
-                .inputs
+        let masks = matches!(function.as_str(), "add" | "sub")
+            && inputs
                 .iter()
                 .any(|input| self.is_float(input) && !self.is_data(input));
         if masks {
@@ -169,23 +190,21 @@ impl<'g> DataFlow<'g> {
         if outputs().any(|t| t.unbounded) {
             return Verdict::Leave(Reason::Unbounded);
         }
-        if op_types::is_scripted(function) {
+        if op_types::is_scripted(&function) {
             return Verdict::Leave(Reason::Scripted);
         }
         Verdict::Quantize
     }
 
-    /// Which inputs may have a quantizer of their own.
-    fn inputs(&self, node: &Node) -> Vec<bool> {
-        let slots = node.inputs.iter().map(|input| input.slot + 1).max();
-        let mut inputs = vec![false; slots.unwrap_or(0)];
-        for input in &node.inputs {
-            inputs[input.slot] = self.is_data(input);
-        }
-        if node.function.as_deref() == Some("scaled_dot_product_attention") {
-            inputs.truncate(3); // the fourth is a mask
-        }
-        inputs
+    /// How many inputs of a node can have a quantizer.
+    fn num_slots(&self, id: NodeId) -> usize {
+        let slots = self.graph.inputs(id).iter().map(|input| input.slot + 1);
+        let function = self.graph.nodes[id].function;
+        let attention = function.is_some_and(|f| f == "scaled_dot_product_attention");
+        slots
+            .max()
+            .unwrap_or(0)
+            .min(if attention { 3 } else { usize::MAX }) // the fourth is a mask
     }
 }
 
@@ -193,107 +212,138 @@ impl<'g> DataFlow<'g> {
 pub const WEIGHT: usize = 1;
 
 /// Shape of the weight of a functional layer, if it is a parameter.
-fn weight_shape(graph: &Graph, node: &Node) -> Option<Vec<i64>> {
-    op_types::layer_of_function(node.function.as_deref()?)?;
-    let input = node.inputs.iter().find(|input| input.slot == WEIGHT)?;
+fn weight_shape(graph: &Graph, id: NodeId) -> Option<Vec<i64>> {
+    op_types::layer_of_function(&graph.nodes[id].function?)?;
+    let mut inputs = graph.inputs(id).iter();
+    let input = inputs.find(|input| input.slot == WEIGHT)?;
     let tensor = &graph.tensors[input.tensor?];
     matches!(tensor.source, Source::Parameter(_)).then(|| tensor.shape.clone())
 }
 
-/// The graph in module form.
+/// A function in the forwards of one module.
+struct Called {
+    scope: ScopeId,
+    function: Symbol,
+    /// Per turn in a forward, its number in [`Places::ends`].
+    turns: Vec<Option<usize>>,
+}
+
+/// The places of a graph in the order in which they ran first.
+struct Places {
+    /// Per place: what ran there first and last.
+    ends: Vec<(NodeId, NodeId)>,
+    /// Per node: what ran next at the same place.
+    next: Vec<Option<u32>>,
+    functions: Vec<Called>,
+}
+
+impl Places {
+    fn of(graph: &Graph) -> Self {
+        let mut places = Places {
+            ends: Vec::new(),
+            next: vec![None; graph.nodes.len()],
+            functions: Vec::new(),
+        };
+        let mut known: HashMap<(ScopeId, Symbol), usize> = HashMap::new();
+        for (id, node) in graph.nodes.iter().enumerate() {
+            let (Some(function), Some(scope)) = (node.function, node.scope) else {
+                continue;
+            };
+            let functions = &mut places.functions;
+            let called = *known.entry((scope, function)).or_insert_with(|| {
+                functions.push(Called {
+                    scope,
+                    function,
+                    turns: Vec::with_capacity(1),
+                });
+                functions.len() - 1
+            });
+            let turns = &mut functions[called].turns;
+            if node.turn >= turns.len() {
+                turns.resize(node.turn + 1, None);
+            }
+            match turns[node.turn] {
+                Some(place) => {
+                    let last = &mut places.ends[place].1;
+                    places.next[*last] = Some(id as u32);
+                    *last = id;
+                }
+                None => {
+                    turns[node.turn] = Some(places.ends.len());
+                    places.ends.push((id, id));
+                }
+            }
+        }
+        places
+    }
+
+    /// What ran at the place where `first` was the first.
+    fn nodes(&self, first: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(Some(first), |&node| self.next[node].map(|n| n as NodeId))
+    }
+}
+
+/// What the functional operations of a graph become in its module form.
 pub fn module_form(graph: &Graph) -> ModuleForm {
     let flow = DataFlow::new(graph);
-    let mut form = graph.clone();
-    form.in_module_form = true;
-    let mut ops: Vec<FunctionalOp> = Vec::new();
-    let mut left = Vec::new();
-    let mut calls: HashMap<(&str, &str), usize> = HashMap::new();
-    let mut places: HashMap<(&str, &str, usize), Vec<NodeId>> = HashMap::new();
-    let mut order = Vec::new();
-    for (id, node) in graph.nodes.iter().enumerate() {
-        let Some(function) = node.function.as_deref() else {
+    let places = Places::of(graph);
+    let calls = places.functions.iter();
+    let mut form = ModuleForm {
+        ops: Vec::with_capacity(places.ends.len()),
+        takes_quantizer: Vec::new(),
+        op_of: vec![None; graph.nodes.len()],
+        left: Vec::new(),
+        calls: calls
+            .map(|called| (called.scope, called.function, called.turns.len()))
+            .collect(),
+    };
+    for &(first, _) in &places.ends {
+        let node = &graph.nodes[first];
+        let (Some(function), Some(scope)) = (node.function, node.scope) else {
             continue;
         };
-        let count = calls.entry((&node.scope, function)).or_default();
-        *count = (*count).max(node.turn + 1);
-        let key = (node.scope.as_str(), function, node.turn);
-        let nodes = places.entry(key).or_default();
-        if nodes.is_empty() {
-            order.push(key);
+        let place = (scope, function, node.turn);
+        let verdicts = places.nodes(first).map(|node| flow.verdict(node));
+        match verdicts.reduce(Verdict::and) {
+            Some(Verdict::Quantize) => {}
+            Some(Verdict::Leave(reason)) => {
+                form.left.push((place, reason));
+                continue;
+            }
+            Some(Verdict::Other) | None => continue,
         }
-        nodes.push(id);
-    }
-    for key in order {
-        let (scope, function, turn) = key;
-        let nodes = &places[&key];
-        let place = (scope.to_owned(), function.to_owned(), turn);
-        let verdicts: Vec<Verdict> = nodes.iter().map(|&node| flow.verdict(node)).collect();
-        let reason = verdicts.iter().find_map(|verdict| match verdict {
-            Verdict::Leave(reason) => Some(*reason),
-            _ => None,
-        });
-        if let Some(reason) = reason {
-            left.push((place, reason));
-            continue;
+        let widest = places.nodes(first).max_by_key(|&node| flow.num_slots(node));
+        let widest = widest.unwrap_or(first);
+        let start = form.takes_quantizer.len();
+        let end = start + flow.num_slots(widest);
+        form.takes_quantizer.resize(end, false);
+        for input in graph.inputs(widest) {
+            if let Some(takes) = form.takes_quantizer[start..].get_mut(input.slot) {
+                *takes = flow.is_data(input);
+            }
         }
-        if verdicts.contains(&Verdict::Other) {
-            continue;
-        }
-        let first = &graph.nodes[nodes[0]];
-        let inputs = nodes
-            .iter()
-            .map(|&node| flow.inputs(&graph.nodes[node]))
-            .max_by_key(Vec::len)
-            .unwrap_or_default();
         let weight = weight_shape(graph, first);
-        let class = op_types::layer_of_function(function)
+        let class = op_types::layer_of_function(&function)
             .filter(|_| weight.is_some())
-            .or_else(|| op_types::module_of_function(function));
-        let module = form.modules.len();
-        form.modules.push(Module {
-            path: format!("{scope}({function} {turn})"),
-            class: class.map_or_else(|| format!("function.{function}"), str::to_owned),
-            params: Vec::new(),
-            groups: 1,
-            num_inputs: inputs.len(),
-            num_outputs: 1,
-            dynamic_inputs: true,
-            // What shares the memory of a result that was written in place has the same quantizer.
-            dynamic: !first.in_place,
-            quantizable: true,
-            calls: nodes.clone(),
-        });
-        for &node in nodes {
-            let op_type = op_types::module_op_type(&form.modules[module].class).to_owned();
-            form.nodes[node].module = Some(module);
-            form.nodes[node].op_type = op_type;
+            .or_else(|| op_types::module_of_function(&function))
+            .map_or_else(|| Symbol::new(&format!("function.{function}")), Symbol::new);
+        for node in places.nodes(first) {
+            form.op_of[node] = Some(form.ops.len() as u32);
         }
-        ops.push(FunctionalOp {
+        form.ops.push(FunctionalOp {
             place,
-            module,
-            inputs,
+            class,
+            inputs: start..end,
             weight,
-            in_place: first.in_place,
+            in_place: node.in_place,
         });
     }
-    for (id, module) in form.modules.iter().enumerate() {
-        form.by_path.insert(module.path.clone(), id);
-    }
-    let mut calls: Vec<(String, String, usize)> = calls
-        .into_iter()
-        .map(|((scope, function), count)| (scope.to_owned(), function.to_owned(), count))
-        .collect();
-    calls.sort();
-    ModuleForm {
-        graph: form,
-        ops,
-        left,
-        calls,
-    }
+    form
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::pattern::Flow;
     use super::super::testing::*;
     use super::super::GraphBuilder;
     use super::*;
@@ -315,29 +365,24 @@ mod tests {
         let d = net.function("__iadd__", &[c, x]);
         let e = net.function("erf", &[d]);
         let f = net.function("add", &[e, x]);
-        let form = module_form(&net.finish(f));
+        let graph = net.finish(f);
+        let form = module_form(&graph);
         assert_eq!(
             places(&form),
             [("relu", 0), ("add", 0), ("erf", 0), ("add", 1)]
         );
-        let classes: Vec<&str> = form
-            .ops
-            .iter()
-            .map(|op| form.graph.modules[op.module].class.as_str())
-            .collect();
+        let classes: Vec<&str> = form.ops.iter().map(|op| op.class.as_str()).collect();
         assert_eq!(
             classes,
-            ["nn.ReLU", "custom.Add", "function.erf", "custom.Add"].map(|c| {
-                if c == "function.erf" {
-                    "custom.Erf"
-                } else {
-                    c
-                }
-            })
+            ["nn.ReLU", "custom.Add", "custom.Erf", "custom.Add"]
         );
-        assert_eq!(form.graph.nodes[1].op_type, "Relu");
-        assert!(form.graph.nodes[2].module.is_none() && form.graph.moves_data(2));
-        assert!(form.calls.contains(&(String::new(), "add".into(), 2)));
+        let flow = Flow::in_module_form(&graph, &form);
+        assert_eq!(
+            (flow.op_type(1).as_str(), flow.module(1)),
+            ("Relu", Some(1))
+        );
+        assert!(flow.module(2).is_none() && flow.moves_data(2));
+        assert!(form.calls.contains(&(0, "add".into(), 2)));
     }
 
     /// Two passes through one block: its places are those of one pass.
@@ -353,13 +398,16 @@ mod tests {
         }
         let form = module_form(&net.finish(x));
         assert_eq!(places(&form), [("relu", 0), ("relu", 1)]);
-        assert_eq!(form.graph.modules[form.ops[0].module].calls, [0, 2]);
+        assert_eq!(
+            [0, 1, 2, 3].map(|node| form.op_of(node)),
+            [Some(0), Some(1)].repeat(2)[..]
+        );
     }
 
     #[test]
     fn masks_stay_as_they_are() {
         let mut builder = GraphBuilder::new();
-        let float = || vec![(vec![2, 2], "float32".to_owned())];
+        let float = || vec![(vec![2, 2], "float32".into())];
         let arg = |t| Input {
             slot: 0,
             tensor: Some(t),
@@ -372,7 +420,8 @@ mod tests {
             builder
                 .call_function(name, "", inputs, float(), false)
                 .unwrap()
-                .1[0]
+                .1
+                .start
         };
         let scale = call("mul", vec![arg(mask)]);
         let masked = call("add", vec![arg(x), second(scale)]);

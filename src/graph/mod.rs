@@ -13,12 +13,15 @@ pub mod op_types;
 pub mod pattern;
 pub mod placement;
 pub mod program;
+pub mod symbol;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
 use error::GraphError;
+use symbol::Symbol;
 
 /// Index of a node in [`Graph::nodes`], which stand in the order of execution.
 pub type NodeId = usize;
@@ -26,6 +29,8 @@ pub type NodeId = usize;
 pub type TensorId = usize;
 /// Index of a module in [`Graph::modules`].
 pub type ModuleId = usize;
+/// Number of a scope: a module in whose forward functions ran.
+pub type ScopeId = usize;
 
 /// Where a tensor's value comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +50,7 @@ pub enum Source {
 pub struct Tensor {
     pub source: Source,
     pub shape: Vec<i64>,
-    pub dtype: String,
+    pub dtype: Symbol,
     /// Position in the flattened outputs of the model, if it is one.
     pub output: Option<usize>,
     pub consumers: Vec<NodeId>,
@@ -57,7 +62,7 @@ pub struct Tensor {
 /// A parameter that a module owns itself.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Parameter {
-    pub name: String,
+    pub name: Symbol,
     pub shape: Vec<i64>,
 }
 
@@ -67,7 +72,7 @@ pub struct Module {
     /// Dotted path in the model; empty for the model itself.
     pub path: String,
     /// Class key, see [`op_types`].
-    pub class: String,
+    pub class: Symbol,
     pub params: Vec<Parameter>,
     pub groups: i64,
     /// How many quantizers its quantized twin holds for inputs and outputs.
@@ -100,19 +105,21 @@ pub struct Node {
     /// The module that ran, for the call of a module.
     pub module: Option<ModuleId>,
     /// Canonical name of the torch function, for a functional operation (see [`op_types::canonical`]).
-    pub function: Option<String>,
-    /// Path of the innermost module whose forward was running.
-    pub scope: String,
+    pub function: Option<Symbol>,
+    /// The innermost module whose forward was running, for a functional operation.
+    pub scope: Option<ScopeId>,
     /// ONNX-style operator type, or the class or function name where there is none.
-    pub op_type: String,
+    pub op_type: Symbol,
     /// How often this module, or this function in this scope, had run before.
     pub call: usize,
     /// How often this function had run before in the same call of the module at `scope`: what the
     /// quantizers of functional operations are matched by.
     #[serde(default)]
     pub turn: usize,
-    pub inputs: Vec<Input>,
-    pub outputs: Vec<TensorId>,
+    /// Where its inputs stand among those of all nodes, see [`Graph::inputs`].
+    inputs: Range<usize>,
+    /// The tensors that it made.
+    pub outputs: Range<TensorId>,
     /// The function wrote into one of its inputs.
     pub in_place: bool,
 }
@@ -123,16 +130,22 @@ pub struct Graph {
     pub modules: Vec<Module>,
     pub tensors: Vec<Tensor>,
     pub nodes: Vec<Node>,
+    /// Of all nodes, one after the other.
+    inputs: Vec<Input>,
+    /// Path per scope.
+    scopes: Vec<String>,
     by_path: HashMap<String, ModuleId>,
-    /// Made by [`functional::module_form`].
-    #[serde(default)]
-    in_module_form: bool,
 }
 
 impl Graph {
     /// The module at `path`, if it was declared.
     pub fn module(&self, path: &str) -> Option<ModuleId> {
         self.by_path.get(path).copied()
+    }
+
+    /// The inputs of a node.
+    pub fn inputs(&self, id: NodeId) -> &[Input] {
+        &self.inputs[self.nodes[id].inputs.clone()]
     }
 
     /// The node that made tensor `id`.
@@ -143,25 +156,29 @@ impl Graph {
         }
     }
 
-    /// Whether a functional node moves data without computing on it.
-    pub fn moves_data(&self, id: NodeId) -> bool {
-        self.nodes[id].function.as_deref().is_some_and(|function| {
-            op_types::function_moves_data(function)
-                || (self.in_module_form && op_types::function_keeps_values(function))
-        })
+    /// Path per scope.
+    pub fn scopes(&self) -> &[String] {
+        &self.scopes
+    }
+
+    /// Path of the innermost module whose forward was running when a node ran: its own, for the call of a module.
+    pub fn scope(&self, id: NodeId) -> &str {
+        let node = &self.nodes[id];
+        match (node.scope, node.module) {
+            (Some(scope), _) => &self.scopes[scope],
+            (None, Some(module)) => &self.modules[module].path,
+            (None, None) => "",
+        }
     }
 
     /// A node that only hands its input on: it has no place in the graph that patterns are matched on.
     pub fn is_passthrough(&self, id: NodeId) -> bool {
         let node = &self.nodes[id];
         match node.module {
-            Some(module) => {
-                op_types::PASSTHROUGH_MODULES.contains(&self.modules[module].class.as_str())
-            }
+            Some(module) => self.modules[module].class.traits().module_is_passthrough,
             None => node
                 .function
-                .as_deref()
-                .is_some_and(|f| op_types::PASSTHROUGH_FUNCTIONS.contains(&f)),
+                .is_some_and(|function| function.traits().function_is_passthrough),
         }
     }
 }
@@ -170,9 +187,10 @@ impl Graph {
 #[derive(Debug, Default)]
 pub struct GraphBuilder {
     graph: Graph,
-    function_calls: HashMap<(String, String), usize>,
+    scope_ids: HashMap<String, ScopeId>,
+    function_calls: HashMap<(ScopeId, Symbol), usize>,
     /// Per call of a module that is running, innermost last: function to the number of its calls.
-    turns: Vec<HashMap<String, usize>>,
+    turns: Vec<HashMap<Symbol, usize>>,
 }
 
 impl GraphBuilder {
@@ -192,7 +210,7 @@ impl GraphBuilder {
     }
 
     /// Declares a tensor that no node made.
-    pub fn tensor(&mut self, source: Source, shape: Vec<i64>, dtype: String) -> TensorId {
+    pub fn tensor(&mut self, source: Source, shape: Vec<i64>, dtype: Symbol) -> TensorId {
         self.graph.tensors.push(Tensor {
             source,
             shape,
@@ -231,28 +249,28 @@ impl GraphBuilder {
         &mut self,
         path: &str,
         inputs: Vec<Input>,
-        outputs: Vec<(Vec<i64>, String)>,
-    ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
+        outputs: Vec<(Vec<i64>, Symbol)>,
+    ) -> Result<(NodeId, Range<TensorId>), GraphError> {
         let module = self
             .graph
             .module(path)
             .ok_or_else(|| GraphError::UnknownModule {
                 path: path.to_owned(),
             })?;
-        let op_type = op_types::module_op_type(&self.graph.modules[module].class).to_owned();
+        let op_type = self.graph.modules[module].class.module_op_type();
         let call = self.graph.modules[module].calls.len();
         let node = Node {
             module: Some(module),
             function: None,
-            scope: path.to_owned(),
+            scope: None,
             op_type,
             call,
             turn: 0,
-            inputs,
-            outputs: Vec::new(),
+            inputs: 0..0,
+            outputs: 0..0,
             in_place: false,
         };
-        let (id, outputs) = self.push(node, outputs)?;
+        let (id, outputs) = self.push(node, inputs, outputs)?;
         self.graph.modules[module].calls.push(id);
         Ok((id, outputs))
     }
@@ -263,14 +281,12 @@ impl GraphBuilder {
         name: &str,
         scope: &str,
         inputs: Vec<Input>,
-        outputs: Vec<(Vec<i64>, String)>,
+        outputs: Vec<(Vec<i64>, Symbol)>,
         in_place: bool,
-    ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
-        let function = op_types::canonical(name).to_owned();
-        let counter = self
-            .function_calls
-            .entry((scope.to_owned(), function.clone()))
-            .or_insert(0);
+    ) -> Result<(NodeId, Range<TensorId>), GraphError> {
+        let function = Symbol::new(op_types::canonical(name));
+        let scope = self.scope_id(scope);
+        let counter = self.function_calls.entry((scope, function)).or_insert(0);
         let call = *counter;
         *counter += 1;
         if self.turns.is_empty() {
@@ -279,23 +295,23 @@ impl GraphBuilder {
         let turns = self
             .turns
             .last_mut()
-            .map(|turns| turns.entry(function.clone()).or_insert(0));
+            .map(|turns| turns.entry(function).or_insert(0));
         let turn = turns.map_or(0, |next| {
             *next += 1;
             *next - 1
         });
         let node = Node {
             module: None,
-            op_type: op_types::function_op_type(&function).to_owned(),
+            op_type: op_types::function_op_type(&function).into(),
             function: Some(function),
-            scope: scope.to_owned(),
+            scope: Some(scope),
             call,
             turn,
-            inputs,
-            outputs: Vec::new(),
+            inputs: 0..0,
+            outputs: 0..0,
             in_place,
         };
-        self.push(node, outputs)
+        self.push(node, inputs, outputs)
     }
 
     /// Says that tensor `id` is output `position` of the model.
@@ -315,14 +331,26 @@ impl GraphBuilder {
         self.graph
     }
 
+    fn scope_id(&mut self, path: &str) -> ScopeId {
+        if let Some(&id) = self.scope_ids.get(path) {
+            return id;
+        }
+        let id = self.graph.scopes.len();
+        self.graph.scopes.push(path.to_owned());
+        self.scope_ids.insert(path.to_owned(), id);
+        id
+    }
+
+    /// Adds a node with its inputs and outputs.
     fn push(
         &mut self,
         mut node: Node,
-        outputs: Vec<(Vec<i64>, String)>,
-    ) -> Result<(NodeId, Vec<TensorId>), GraphError> {
+        inputs: Vec<Input>,
+        outputs: Vec<(Vec<i64>, Symbol)>,
+    ) -> Result<(NodeId, Range<TensorId>), GraphError> {
         let id = self.graph.nodes.len();
         let known = self.graph.tensors.len();
-        for input in node.inputs.iter().filter_map(|input| input.tensor) {
+        for input in inputs.iter().filter_map(|input| input.tensor) {
             let tensor = self
                 .graph
                 .tensors
@@ -330,11 +358,14 @@ impl GraphBuilder {
                 .ok_or(GraphError::UnknownTensor { id: input, known })?;
             tensor.consumers.push(id);
         }
+        let first = self.graph.inputs.len();
+        self.graph.inputs.extend(inputs);
+        node.inputs = first..self.graph.inputs.len();
         for (position, (shape, dtype)) in outputs.into_iter().enumerate() {
-            let tensor = self.tensor(Source::Node(id, position), shape, dtype);
-            node.outputs.push(tensor);
+            self.tensor(Source::Node(id, position), shape, dtype);
         }
-        let outputs = node.outputs.clone();
+        let outputs = known..self.graph.tensors.len();
+        node.outputs = outputs.clone();
         self.graph.nodes.push(node);
         Ok((id, outputs))
     }
@@ -348,7 +379,7 @@ pub(crate) mod testing {
     pub fn module(path: &str, class: &str) -> Module {
         Module {
             path: path.to_owned(),
-            class: class.to_owned(),
+            class: class.into(),
             params: Vec::new(),
             groups: 1,
             num_inputs: 1,
@@ -416,15 +447,20 @@ pub(crate) mod testing {
             self.call(&path, inputs)
         }
         pub fn call(&mut self, path: &str, inputs: &[TensorId]) -> TensorId {
-            let out = vec![(vec![1, 8, 8, 8], "float32".to_owned())];
-            self.0.call_module(path, Self::args(inputs), out).unwrap().1[0]
+            let out = vec![(vec![1, 8, 8, 8], "float32".into())];
+            self.0
+                .call_module(path, Self::args(inputs), out)
+                .unwrap()
+                .1
+                .start
         }
         pub fn function(&mut self, name: &str, inputs: &[TensorId]) -> TensorId {
-            let out = vec![(vec![1, 8, 8, 8], "float32".to_owned())];
+            let out = vec![(vec![1, 8, 8, 8], "float32".into())];
             self.0
                 .call_function(name, "", Self::args(inputs), out, false)
                 .unwrap()
-                .1[0]
+                .1
+                .start
         }
         pub fn finish(mut self, output: TensorId) -> Graph {
             self.0.output(output, 0).unwrap();

@@ -189,7 +189,7 @@ const TABLE: &[Row] = &[
 ];
 
 /// Modules and functions that hand their input on and are no operation of their own.
-pub const PASSTHROUGH_MODULES: &[&str] = &["nn.Identity"];
+const PASSTHROUGH_MODULES: &[&str] = &["nn.Identity"];
 pub const PASSTHROUGH_FUNCTIONS: &[&str] = &["to", "t", "detach", "values"];
 
 /// ONNX operators for which quantizing the output of a quantized input changes nothing.
@@ -463,6 +463,44 @@ const TRANSPARENT_MODULES: &[&str] = &[
     "nn.Identity",
 ];
 
+/// What the tables of this file say of one name, as the class of a module and as a torch function.
+#[derive(Debug, Clone, Copy)]
+pub struct Traits {
+    /// See [`onnx_types`].
+    pub onnx_types: &'static [&'static str],
+    /// See [`target_type`].
+    pub target_type: Option<&'static str>,
+    pub module_preserves_grid: bool,
+    pub module_joins_grids: bool,
+    pub module_interpolates: bool,
+    /// Hands an output grid on to whoever made its input.
+    pub module_is_transparent: bool,
+    /// Hands its input on and is no operation of its own.
+    pub module_is_passthrough: bool,
+    pub function_is_passthrough: bool,
+    /// Moves data without computing on it, so that no quantizer belongs behind it.
+    pub function_moves_data: bool,
+    /// Every value that the function returns is one that it was given, or a fill value.
+    pub function_keeps_values: bool,
+}
+
+impl Traits {
+    pub fn of(name: &str) -> Self {
+        Traits {
+            onnx_types: onnx_types(name),
+            target_type: target_type(name),
+            module_preserves_grid: module_preserves_grid(name),
+            module_joins_grids: module_joins_grids(name),
+            module_interpolates: module_interpolates(name),
+            module_is_transparent: TRANSPARENT_MODULES.contains(&name),
+            module_is_passthrough: PASSTHROUGH_MODULES.contains(&name),
+            function_is_passthrough: PASSTHROUGH_FUNCTIONS.contains(&name),
+            function_moves_data: function_moves_data(name),
+            function_keeps_values: VALUE_KEEPING_FUNCTIONS.contains(&name),
+        }
+    }
+}
+
 fn row(class: &str) -> Option<&'static Row> {
     static BY_CLASS: LazyLock<HashMap<&str, &Row>> =
         LazyLock::new(|| TABLE.iter().map(|row| (row.0, row)).collect());
@@ -557,24 +595,19 @@ pub fn module_preserves_grid(class: &str) -> bool {
 }
 
 /// Whether all ONNX types of a module class join the grids of their inputs.
-pub fn module_joins_grids(class: &str) -> bool {
+fn module_joins_grids(class: &str) -> bool {
     let types = onnx_types(class);
     !types.is_empty() && types.iter().all(|t| GRID_JOINING.contains(t))
 }
 
 /// Whether a module class resamples its input (a target with fixed kernels ties its input and output).
-pub fn module_interpolates(class: &str) -> bool {
+fn module_interpolates(class: &str) -> bool {
     let types = onnx_types(class);
     !types.is_empty() && types.iter().all(|t| matches!(*t, "Resize" | "Upsample"))
 }
 
 pub fn function_moves_data(canonical: &str) -> bool {
     MOVING_FUNCTIONS.contains(&canonical)
-}
-
-/// Whether every value that a torch function returns is one that it was given, or a fill value.
-pub fn function_keeps_values(canonical: &str) -> bool {
-    VALUE_KEEPING_FUNCTIONS.contains(&canonical)
 }
 
 /// Class key of the module that computes what a torch function does, if there is one.
@@ -597,10 +630,6 @@ pub fn layer_of_function(canonical: &str) -> Option<&'static str> {
         "conv_transpose3d" => "nn.ConvTranspose3d",
         _ => return None,
     })
-}
-
-pub fn is_transparent_module(class: &str) -> bool {
-    TRANSPARENT_MODULES.contains(&class)
 }
 
 #[cfg(test)]

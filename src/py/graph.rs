@@ -1,16 +1,20 @@
 //! `rimet._core`: recording a model's graph, and placing quantizers on it.
 
-use std::collections::hash_map::{Entry, HashMap};
+use std::collections::HashSet;
+use std::ops::Range;
 
-use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyNotImplementedError, PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 
 use crate::graph::config::{Config, Dtype, Format, Kernel};
 use crate::graph::error::{ConfigError, GraphError};
+use crate::graph::functional::ModuleForm;
 use crate::graph::pattern::Flow;
-use crate::graph::placement::{self, Defaults, FunctionalPlan, Plan, Quantizer};
+use crate::graph::placement::{self, Defaults, ModulePlan, Quantizer};
+use crate::graph::symbol::{Symbol, SymbolMap};
 use crate::graph::{self, op_types, Input, Module, Parameter, Source};
 
 impl From<ConfigError> for PyErr {
@@ -33,7 +37,7 @@ impl From<GraphError> for PyErr {
 /// (slot, tensor id, number)
 type PyInput = (usize, Option<usize>, Option<f64>);
 /// (shape, dtype)
-type PyOutput = (Vec<i64>, String);
+type PyOutput = (Vec<i64>, PyBackedStr);
 
 fn inputs(raw: Vec<PyInput>) -> Vec<Input> {
     raw.into_iter()
@@ -45,8 +49,14 @@ fn inputs(raw: Vec<PyInput>) -> Vec<Input> {
         .collect()
 }
 
+fn outputs(raw: Vec<PyOutput>) -> Vec<(Vec<i64>, Symbol)> {
+    raw.into_iter()
+        .map(|(shape, dtype)| (shape, Symbol::new(&dtype)))
+        .collect()
+}
+
 /// Takes the events of one run of a model.
-#[pyclass(module = "rimet._core", unsendable)]
+#[pyclass(module = "rimet._core")]
 pub struct GraphBuilder {
     builder: graph::GraphBuilder,
 }
@@ -65,8 +75,8 @@ impl GraphBuilder {
     fn module(
         &mut self,
         path: String,
-        class_key: String,
-        params: Vec<(String, Vec<i64>)>,
+        class_key: &str,
+        params: Vec<(PyBackedStr, Vec<i64>)>,
         groups: i64,
         num_inputs: usize,
         num_outputs: usize,
@@ -76,11 +86,14 @@ impl GraphBuilder {
     ) -> PyResult<()> {
         let params = params
             .into_iter()
-            .map(|(name, shape)| Parameter { name, shape })
+            .map(|(name, shape)| Parameter {
+                name: Symbol::new(&name),
+                shape,
+            })
             .collect();
         self.builder.module(Module {
             path,
-            class: class_key,
+            class: class_key.into(),
             params,
             groups,
             num_inputs,
@@ -93,16 +106,18 @@ impl GraphBuilder {
         Ok(())
     }
 
-    fn input(&mut self, position: usize, shape: Vec<i64>, dtype: String) -> usize {
-        self.builder.tensor(Source::Input(position), shape, dtype)
+    fn input(&mut self, position: usize, shape: Vec<i64>, dtype: &str) -> usize {
+        self.builder
+            .tensor(Source::Input(position), shape, dtype.into())
     }
 
-    fn parameter(&mut self, name: String, shape: Vec<i64>, dtype: String) -> usize {
-        self.builder.tensor(Source::Parameter(name), shape, dtype)
+    fn parameter(&mut self, name: String, shape: Vec<i64>, dtype: &str) -> usize {
+        self.builder
+            .tensor(Source::Parameter(name), shape, dtype.into())
     }
 
-    fn constant(&mut self, shape: Vec<i64>, dtype: String) -> usize {
-        self.builder.tensor(Source::Constant, shape, dtype)
+    fn constant(&mut self, shape: Vec<i64>, dtype: &str) -> usize {
+        self.builder.tensor(Source::Constant, shape, dtype.into())
     }
 
     fn mark_unbounded(&mut self, tensor: usize) -> PyResult<()> {
@@ -123,7 +138,11 @@ impl GraphBuilder {
         args: Vec<PyInput>,
         results: Vec<PyOutput>,
     ) -> PyResult<Vec<usize>> {
-        Ok(self.builder.call_module(path, inputs(args), results)?.1)
+        Ok(self
+            .builder
+            .call_module(path, inputs(args), outputs(results))?
+            .1
+            .collect())
     }
 
     fn call_function(
@@ -136,8 +155,9 @@ impl GraphBuilder {
     ) -> PyResult<Vec<usize>> {
         Ok(self
             .builder
-            .call_function(name, scope, inputs(args), results, in_place)?
-            .1)
+            .call_function(name, scope, inputs(args), outputs(results), in_place)?
+            .1
+            .collect())
     }
 
     fn output(&mut self, tensor: usize, position: usize) -> PyResult<()> {
@@ -166,8 +186,9 @@ impl Graph {
         for module in &self.graph.modules {
             let dict = PyDict::new(py);
             dict.set_item("path", &module.path)?;
-            dict.set_item("class", &module.class)?;
-            let params: Vec<_> = module.params.iter().map(|p| (&p.name, &p.shape)).collect();
+            dict.set_item("class", module.class.as_str())?;
+            let params = module.params.iter();
+            let params: Vec<_> = params.map(|p| (p.name.as_str(), &p.shape)).collect();
             dict.set_item("params", params)?;
             dict.set_item("calls", &module.calls)?;
             dict.set_item("quantizable", module.quantizable)?;
@@ -192,7 +213,7 @@ impl Graph {
             dict.set_item("producer", producer)?;
             dict.set_item("position", position)?;
             dict.set_item("shape", &tensor.shape)?;
-            dict.set_item("dtype", &tensor.dtype)?;
+            dict.set_item("dtype", tensor.dtype.as_str())?;
             dict.set_item("output", tensor.output)?;
             dict.set_item("consumers", &tensor.consumers)?;
             list.append(dict)?;
@@ -209,18 +230,19 @@ impl Graph {
                 "module",
                 node.module.map(|m| self.graph.modules[m].path.as_str()),
             )?;
-            dict.set_item("function", &node.function)?;
-            dict.set_item("scope", &node.scope)?;
-            dict.set_item("op_type", &node.op_type)?;
+            dict.set_item("function", node.function.map(Symbol::as_str))?;
+            dict.set_item("scope", self.graph.scope(id))?;
+            dict.set_item("op_type", node.op_type.as_str())?;
             dict.set_item("call", node.call)?;
             dict.set_item("turn", node.turn)?;
-            let inputs: Vec<_> = node
-                .inputs
+            let inputs: Vec<_> = self
+                .graph
+                .inputs(id)
                 .iter()
                 .map(|i| (i.slot, i.tensor, i.value))
                 .collect();
             dict.set_item("inputs", inputs)?;
-            dict.set_item("outputs", &node.outputs)?;
+            dict.set_item("outputs", PyList::new(py, node.outputs.clone())?)?;
             dict.set_item("in_place", node.in_place)?;
             dict.set_item("passthrough", self.graph.is_passthrough(id))?;
             list.append(dict)?;
@@ -253,23 +275,19 @@ impl Graph {
     /// Chains of operator types, longest pattern first, no node in two chains; see `Flow::chains`.
     #[pyo3(signature = (patterns, skip = Vec::new()))]
     fn chains(&self, patterns: Vec<Vec<String>>, skip: Vec<usize>) -> Vec<Vec<usize>> {
-        let skip = skip.into_iter().collect();
         Flow::new(&self.graph).chains(&patterns, &skip, |_| false)
     }
 
-    /// Applies a configuration. Returns a dict: quantizers (`None` for one that is off), modules, reused; with `functional`, too: functions
-    /// (scope, function, turn, quantizes_weight, in_place, inputs, outputs), left ((scope, function, turn), reason) and
-    /// calls (scope, function, number).
+    /// Applies a configuration; with `functional`, functional operations get quantizers, too.
     #[pyo3(signature = (config, activation_bitwidth, param_bitwidth, is_float, functional = false))]
-    fn place<'py>(
-        &self,
-        py: Python<'py>,
+    fn place(
+        slf: Bound<'_, Self>,
         config: &QuantSimConfig,
         activation_bitwidth: u32,
         param_bitwidth: u32,
         is_float: bool,
         functional: bool,
-    ) -> PyResult<Bound<'py, PyDict>> {
+    ) -> PyResult<Plan> {
         let dtype = if is_float { Dtype::Float } else { Dtype::Int };
         let defaults = Defaults {
             activation: Format {
@@ -281,14 +299,19 @@ impl Graph {
                 bitwidth: param_bitwidth,
             },
         };
-        if !functional {
-            let plan =
-                py.allow_threads(|| placement::place(&self.graph, &config.config, defaults))?;
-            return plan_dict(py, &plan);
-        }
-        let functional = py
-            .allow_threads(|| placement::place_functional(&self.graph, &config.config, defaults))?;
-        functional_plan_dict(py, &functional)
+        let (graph, config) = (&slf.get().graph, &config.config);
+        let (plan, functional) = slf.py().allow_threads(|| {
+            if !functional {
+                return Ok((placement::place(graph, config, defaults)?, None));
+            }
+            let placed = placement::place_functional(graph, config, defaults)?;
+            Ok::<_, ConfigError>((placed.plan, Some((placed.form, placed.functions))))
+        })?;
+        Ok(Plan {
+            graph: slf.unbind(),
+            plan,
+            functional,
+        })
     }
 }
 
@@ -310,89 +333,185 @@ fn kernel_list(kernels: &[Kernel]) -> Vec<PyKernel> {
         .collect()
 }
 
-fn plan_dict<'py>(py: Python<'py>, plan: &Plan) -> PyResult<Bound<'py, PyDict>> {
-    let quantizers = PyList::empty(py);
-    // Most quantizers are alike: they share one dict.
-    let mut made: HashMap<_, Bound<'py, PyDict>> = HashMap::new();
-    for quantizer in &plan.quantizers {
-        if !quantizer.enabled {
-            quantizers.append(py.None())?;
-            continue;
-        }
-        let Quantizer {
-            format,
-            symmetric,
-            shape,
-            constraints,
-            ..
-        } = quantizer;
-        let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
-        let (dtype, bitwidth) = format_tuple(*format);
-        let dict = match made.entry((dtype, bitwidth, symmetric, shape, ends)) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let dict = PyDict::new(py);
-                dict.set_item(intern!(py, "dtype"), dtype)?;
-                dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
-                dict.set_item(intern!(py, "symmetric"), symmetric)?;
-                dict.set_item(intern!(py, "shape"), shape)?;
-                dict.set_item(intern!(py, "constraints"), constraints)?;
-                entry.insert(dict)
-            }
-        };
-        quantizers.append(&*dict)?;
-    }
-    let modules = PyList::empty(py);
-    for module in &plan.modules {
-        let dict = PyDict::new(py);
-        dict.set_item(intern!(py, "path"), &module.path)?;
-        dict.set_item(intern!(py, "inputs"), &module.inputs)?;
-        dict.set_item(intern!(py, "outputs"), &module.outputs)?;
-        dict.set_item(intern!(py, "params"), &module.params)?;
-        dict.set_item(
-            intern!(py, "supported_kernels"),
-            kernel_list(&module.supported_kernels),
-        )?;
-        modules.append(dict)?;
-    }
-    let result = PyDict::new(py);
-    result.set_item(intern!(py, "quantizers"), quantizers)?;
-    result.set_item(intern!(py, "modules"), modules)?;
-    result.set_item(intern!(py, "reused"), &plan.reused)?;
-    Ok(result)
+/// Which quantizers go where. Compact; Python objects are made of it where they are asked for.
+#[pyclass(module = "rimet._core", frozen)]
+pub struct Plan {
+    graph: Py<Graph>,
+    plan: placement::Plan,
+    /// With quantizers for functional operations: their quantizers, in the order of the operations.
+    functional: Option<(ModuleForm, Vec<ModulePlan>)>,
 }
 
-fn functional_plan_dict<'py>(
-    py: Python<'py>,
-    functional: &FunctionalPlan,
-) -> PyResult<Bound<'py, PyDict>> {
-    let result = plan_dict(py, &functional.plan)?;
-    let functions = PyList::empty(py);
-    for (op, module) in &functional.ops {
+#[pymethods]
+impl Plan {
+    /// Whether functional operations have quantizers, too.
+    #[getter]
+    fn functional(&self) -> bool {
+        self.functional.is_some()
+    }
+
+    /// Paths of modules without parameters that run several times and therefore get no quantizers.
+    #[getter]
+    fn reused(&self) -> Vec<String> {
+        let modules = &self.graph.get().graph.modules;
+        let reused = self.plan.reused.iter();
+        reused.map(|&module| modules[module].path.clone()).collect()
+    }
+
+    /// The quantizer of this number as a dict: dtype, bitwidth, symmetric, shape, constraints.
+    fn quantizer<'py>(&self, py: Python<'py>, number: usize) -> PyResult<Bound<'py, PyDict>> {
+        match self.plan.quantizers.get(number) {
+            Some(Some(quantizer)) => quantizer_dict(py, quantizer),
+            _ => Err(PyIndexError::new_err(format!(
+                "number: expected that of a quantizer of the plan, got {number}"
+            ))),
+        }
+    }
+
+    /// Each kind of quantizer that occurs, once, as [`Self::quantizer`] gives it.
+    fn distinct_quantizers<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let mut known = HashSet::new();
+        let mut distinct = Vec::new();
+        for quantizer in self.plan.quantizers.iter().flatten() {
+            let Quantizer {
+                format,
+                symmetric,
+                granularity,
+                constraints,
+            } = quantizer;
+            let ends = constraints.map(|(low, high)| (low.to_bits(), high.map(f64::to_bits)));
+            if known.insert((format, symmetric, granularity, ends)) {
+                distinct.push(quantizer_dict(py, quantizer)?);
+            }
+        }
+        Ok(distinct)
+    }
+
+    /// Modules as dicts: path, inputs, outputs and params (by name) with the numbers of their quantizers or `None`,
+    /// supported_kernels.
+    fn modules(slf: Bound<'_, Self>) -> PlanEntries {
+        PlanEntries::new(slf, false)
+    }
+
+    /// Functional operations as dicts: scope, function, turn, quantizes_weight, in_place, and inputs, outputs,
+    /// supported_kernels as of modules.
+    fn functions(slf: Bound<'_, Self>) -> PlanEntries {
+        PlanEntries::new(slf, true)
+    }
+
+    /// Functional operations left in floating point: ((scope, function, turn), reason).
+    fn left(&self) -> Vec<((&str, &str, usize), &str)> {
+        let scopes = self.graph.get().graph.scopes();
+        let left = self.functional.iter().flat_map(|(form, _)| &form.left);
+        left.map(|((scope, function, turn), reason)| {
+            let place = (scopes[*scope].as_str(), function.as_str(), *turn);
+            (place, reason.text())
+        })
+        .collect()
+    }
+
+    /// How often functions run in one forward of a module: (scope, function, number).
+    fn calls(&self) -> Vec<(&str, &str, usize)> {
+        let scopes = self.graph.get().graph.scopes();
+        let calls = self.functional.iter().flat_map(|(form, _)| &form.calls);
+        calls
+            .map(|(scope, function, count)| (scopes[*scope].as_str(), function.as_str(), *count))
+            .collect()
+    }
+}
+
+fn quantizer_dict<'py>(py: Python<'py>, quantizer: &Quantizer) -> PyResult<Bound<'py, PyDict>> {
+    let (dtype, bitwidth) = format_tuple(quantizer.format);
+    let dict = PyDict::new(py);
+    dict.set_item(intern!(py, "dtype"), dtype)?;
+    dict.set_item(intern!(py, "bitwidth"), bitwidth)?;
+    dict.set_item(intern!(py, "symmetric"), quantizer.symmetric)?;
+    dict.set_item(intern!(py, "shape"), quantizer.granularity.shape())?;
+    dict.set_item(intern!(py, "constraints"), quantizer.constraints)?;
+    Ok(dict)
+}
+
+/// Iterator over the modules or the functional operations of a plan.
+#[pyclass(module = "rimet._core")]
+pub struct PlanEntries {
+    plan: Py<Plan>,
+    functions: bool,
+    next: usize,
+    names: SymbolMap<Py<PyString>>,
+}
+
+impl PlanEntries {
+    fn new(plan: Bound<'_, Plan>, functions: bool) -> Self {
+        PlanEntries {
+            plan: plan.unbind(),
+            functions,
+            next: 0,
+            names: SymbolMap::default(),
+        }
+    }
+}
+
+#[pymethods]
+impl PlanEntries {
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __next__<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let PlanEntries {
+            ref plan,
+            functions,
+            ref mut next,
+            ref mut names,
+        } = *self;
+        let Plan {
+            graph,
+            plan,
+            functional,
+        } = plan.get();
+        let graph = &graph.get().graph;
+        let mut name = |symbol: Symbol| {
+            names
+                .get_or_insert_with(symbol, || PyString::new(py, &symbol).unbind())
+                .clone_ref(py)
+        };
+        let (entries, form) = match (functions, functional) {
+            (false, _) => (&plan.modules, None),
+            (true, Some((form, entries))) => (entries, Some(form)),
+            (true, None) => return Ok(None),
+        };
+        let Some(entry) = entries.get(*next) else {
+            return Ok(None);
+        };
         let dict = PyDict::new(py);
-        let (scope, function, turn) = &op.place;
-        dict.set_item(intern!(py, "scope"), scope)?;
-        dict.set_item(intern!(py, "function"), function)?;
-        dict.set_item(intern!(py, "turn"), turn)?;
-        dict.set_item(intern!(py, "quantizes_weight"), op.weight.is_some())?;
-        dict.set_item(intern!(py, "in_place"), op.in_place)?;
-        dict.set_item(intern!(py, "inputs"), &module.inputs)?;
-        dict.set_item(intern!(py, "outputs"), &module.outputs)?;
+        if let Some(form) = form {
+            let op = &form.ops[*next];
+            let (scope, function, turn) = op.place;
+            dict.set_item(intern!(py, "scope"), &graph.scopes()[scope])?;
+            dict.set_item(intern!(py, "function"), name(function))?;
+            dict.set_item(intern!(py, "turn"), turn)?;
+            dict.set_item(intern!(py, "quantizes_weight"), op.weight.is_some())?;
+            dict.set_item(intern!(py, "in_place"), op.in_place)?;
+        } else {
+            let module = &graph.modules[entry.module];
+            dict.set_item(intern!(py, "path"), &module.path)?;
+            let params = PyDict::new(py);
+            let slots = &plan.slots[entry.params.clone()];
+            for (param, slot) in module.params.iter().zip(slots) {
+                params.set_item(name(param.name), slot)?;
+            }
+            dict.set_item(intern!(py, "params"), params)?;
+        }
+        let slots = |range: &Range<usize>| PyTuple::new(py, &plan.slots[range.clone()]);
+        dict.set_item(intern!(py, "inputs"), slots(&entry.inputs)?)?;
+        dict.set_item(intern!(py, "outputs"), slots(&entry.outputs)?)?;
         dict.set_item(
             intern!(py, "supported_kernels"),
-            kernel_list(&module.supported_kernels),
+            kernel_list(&entry.supported_kernels),
         )?;
-        functions.append(dict)?;
+        *next += 1;
+        Ok(Some(dict))
     }
-    result.set_item(intern!(py, "functions"), functions)?;
-    let left: Vec<_> = functional
-        .left
-        .iter()
-        .map(|(place, reason)| (place, reason.text()))
-        .collect();
-    result.set_item(intern!(py, "left"), left)?;
-    result.set_item(intern!(py, "calls"), &functional.calls)?;
-    Ok(result)
 }
 
 /// A parsed and checked quantsim configuration.
@@ -502,6 +621,8 @@ fn passthrough_functions() -> Vec<&'static str> {
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<GraphBuilder>()?;
     module.add_class::<Graph>()?;
+    module.add_class::<Plan>()?;
+    module.add_class::<PlanEntries>()?;
     module.add_class::<QuantSimConfig>()?;
     module.add_function(wrap_pyfunction!(onnx_type_table, module)?)?;
     module.add_function(wrap_pyfunction!(module_op_type, module)?)?;

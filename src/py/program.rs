@@ -30,7 +30,7 @@ fn describe(origin: &Origin) -> PyOrigin<'_> {
 }
 
 /// Takes the events of one run, operator by operator.
-#[pyclass(module = "rimet._core", name = "ProgramBuilder", unsendable)]
+#[pyclass(module = "rimet._core", name = "ProgramBuilder")]
 struct PyProgramBuilder(ProgramBuilder);
 
 #[pymethods]

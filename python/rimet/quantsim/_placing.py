@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rimet import _core
 from rimet._graph import Recording, Twin
 from rimet.common.defs import QuantScheme
 from rimet.nn import BaseQuantizationMixin, QuantizationMixin, UnknownModuleError
@@ -223,7 +224,7 @@ def make_quantizer(spec: dict[str, Any], scheme: QuantScheme) -> QuantizerBase:
 class QuantizerMaker:
     """Makes the quantizers of a plan, each once and on the device where it will be used."""
 
-    def __init__(self, model: nn.Module, plan: dict[str, Any], scheme: QuantScheme) -> None:
+    def __init__(self, model: nn.Module, plan: _core.Plan, scheme: QuantScheme) -> None:
         self._plan = plan
         self._scheme = scheme
         self._made: dict[int, QuantizerBase] = {}
@@ -242,15 +243,14 @@ class QuantizerMaker:
         if number is None:
             return None
         if number not in self._made:
-            spec = self._plan["quantizers"][number]
+            spec = self._plan.quantizer(number)
             self._made[number] = make_quantizer(spec, self._scheme).to(device)
         return self._made[number]
 
     def make_all(self) -> None:
-        """Makes every quantizer of the plan, so that none can fail later."""
-        for spec in self._plan["quantizers"]:
-            if spec is not None:  # some numbers stand for none
-                make_quantizer(spec, self._scheme)
+        """Makes every kind of quantizer in the plan, so that none can fail later."""
+        for spec in self._plan.distinct_quantizers():
+            make_quantizer(spec, self._scheme)
 
     def fill(self, module: Any, entry: dict[str, Any], device: torch.device) -> None:
         """Gives a quantized module the quantizers of its entry."""
@@ -258,14 +258,14 @@ class QuantizerMaker:
             quantizers = [self.quantizer(number, device) for number in entry[kind]]
             slots = nn.ModuleList(quantizers)  # type: ignore[arg-type]
             setattr(module, f"{kind[:-1]}_quantizers", slots)
-        for name, number in entry.get("params", ()):
+        for name, number in entry.get("params", {}).items():
             module.param_quantizers[name] = self.quantizer(number, device)
         module.supported_kernels = entry["supported_kernels"]
 
 
-def apply_plan(twins: dict[str, nn.Module], plan: dict[str, Any], maker: QuantizerMaker) -> None:
+def apply_plan(twins: dict[str, nn.Module], plan: _core.Plan, maker: QuantizerMaker) -> None:
     """Gives the twins their quantizers. The model itself is not touched."""
-    for entry in plan["modules"]:
+    for entry in plan.modules():
         twin: Any = twins.get(entry["path"])
         if twin is None:
             continue
@@ -276,7 +276,7 @@ def apply_plan(twins: dict[str, nn.Module], plan: dict[str, Any], maker: Quantiz
 def make_functional(
     recording: Recording,
     twins: Twins,
-    plan: dict[str, Any],
+    plan: _core.Plan,
     maker: QuantizerMaker,
 ) -> list[str]:
     """Makes scopes of the modules in whose forward functional operations have quantizers.
@@ -288,10 +288,10 @@ def make_functional(
         Paths of the operations that have quantizers.
     """
     calls: dict[str, dict[str, list[str | None]]] = {}
-    for scope, function, number in plan["calls"]:
+    for scope, function, number in plan.calls():
         calls.setdefault(scope, {})[function] = [None] * number
     ops: dict[str, dict[str, FunctionalOp]] = {}
-    for entry in plan["functions"]:
+    for entry in plan.functions():
         if all(number is None for number in (*entry["inputs"], *entry["outputs"])):
             continue
         if entry["scope"] in twins.ignored or entry["scope"] not in recording.scopes:
@@ -369,7 +369,7 @@ def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.
     return model
 
 
-def bypassed(recording: Recording, twins: dict[str, nn.Module], plan: dict[str, Any]) -> list[str]:
+def bypassed(recording: Recording, twins: dict[str, nn.Module], plan: _core.Plan) -> list[str]:
     """Paths of modules that did not run while a function outside of them used their parameters.
 
     Quantizers of such modules have nothing to quantize: the function takes the parameters as they
@@ -377,7 +377,7 @@ def bypassed(recording: Recording, twins: dict[str, nn.Module], plan: dict[str, 
     """
     with_weight = {
         (entry["scope"], entry["function"], entry["turn"])
-        for entry in plan.get("functions", ())
+        for entry in plan.functions()
         if entry["quantizes_weight"]
     }
     idle = {

@@ -310,7 +310,7 @@ class QuantizationSimModel:
         self,
         recording: Recording,
         twins: _placing.Twins,
-        plan: dict[str, Any],
+        plan: _core.Plan,
         functional_ops: list[str],
         config: _core.QuantSimConfig,
         config_file: str,

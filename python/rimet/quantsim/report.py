@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from rimet import _core
 from rimet.nn import BaseQuantizationMixin
 from rimet.nn.generic import is_generic
 from rimet.quantsim import _placing
@@ -52,10 +53,10 @@ class SimulationReport:
         sim: QuantizationSimModel,
         recording: Recording,
         twins: _placing.Twins,
-        plan: dict[str, Any],
+        plan: _core.Plan,
         functional_ops: list[str],
     ) -> SimulationReport:
-        report = cls(functional_ops=functional_ops, reused=list(plan["reused"]))
+        report = cls(functional_ops=functional_ops, reused=plan.reused)
         report.num_quantizers = _count(sim.model)
         report.bypassed = _placing.bypassed(recording, twins.of, plan)
         for path, twin in twins.of.items():
@@ -64,9 +65,9 @@ class SimulationReport:
                 original = original._original_cls
                 name = f"{original.__module__}.{original.__qualname__}"
                 report.generic_twins.append((path, name))
-        for (scope, function, turn), reason in plan.get("left", ()):
+        for (scope, function, turn), reason in plan.left():
             report.unquantized.append((f"{scope}: {function} (call {turn})", reason))
-        if "left" not in plan:
+        if not plan.functional:
             for node in recording.graph.nodes():
                 if node["function"] is not None and not node["passthrough"]:
                     report._add_function(node)
@@ -82,8 +83,6 @@ class SimulationReport:
         return report
 
     def _add_function(self, node: dict[str, Any]) -> None:
-        from rimet import _core
-
         if _core.function_has_module_form(node["function"]):
             place = f"{node['scope']}: {node['function']} (call {node['turn']})"
             self.unquantized.append((place, "quantize_functional_ops is off"))

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pickle
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rimet import _core
 from rimet._graph import Recording, Twin, bind_inputs, class_key, record
 from rimet.common.connected_graph.connectedgraph import get_ordered_ops
 from rimet.common.connected_graph.connectedgraph_utils import (
@@ -428,3 +430,17 @@ def test_no_hook_is_left_behind() -> None:
     assert not torch_module._has_any_global_hook()
     assert not torch_module._global_forward_hooks_with_kwargs
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.children())
+
+
+@pytest.mark.parametrize("builder_cls", [_core.GraphBuilder, _core.ProgramBuilder])
+def test_a_recording_may_end_in_another_thread(
+    builder_cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its garbage is collected there: a class bound to its thread would raise, out of reach."""
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    builders = [builder_cls()]
+    thread = threading.Thread(target=builders.clear)
+    thread.start()
+    thread.join()
+    assert not builders and not raised
