@@ -327,7 +327,11 @@ class _SequentialMse(WeightTechnique):
             levels = 2 ** (quantizer.decompressed_bw - quantizer.bitwidth)
             grouping = (list(quantizer.block_grouping), levels)
         candidates = self.settings["num_candidates"]
-        with self.steps(layer, candidates) as progress:
+        with (
+            self.steps(layer, candidates) as progress,
+            # The model may have run under autocast; the engine says itself what it computes in what type.
+            torch.autocast(layer.module.weight.device.type, enabled=False),
+        ):
             result: dict[str, Any] = _core.seq_mse_layer(
                 linear_map(layer.module),
                 layer.module.weight,

@@ -166,6 +166,24 @@ def test_channels_with_one_range_take_the_widest_or_the_least_sum() -> None:
         torch.testing.assert_close(quantizer.max.detach(), full[1] / 20 * candidate)
 
 
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 16, 3, padding=1), nn.Linear(8, 6)])
+def test_inference_mode_and_autocast_change_no_bit_of_a_first_layer(
+    context: Any, layer: nn.Module
+) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    chosen = []
+    for around in (context, torch.no_grad):
+        sim = QuantizationSimModel(nn.Sequential(layer).eval(), data[0], default_param_bw=4)
+        with around():
+            apply_seq_mse(sim, data, progress=False)
+        chosen.append(ranges(sim))
+    assert same(*chosen)
+
+
 def test_forward_fn_and_dict_batches() -> None:
     expected, dicts, called = simulation(), simulation(), simulation()
     apply_seq_mse(expected, batches(), progress=False)
